@@ -1,0 +1,53 @@
+# Each target sets up what it needs. A machine with Python 3.10 to 3.12 and make is enough.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+ENCODER ?= me5-small-q4
+SAMPLER ?= hybrid
+REPORT ?= reports/$(ENCODER)/run-$(SAMPLER).ipynb
+# more parameters of nbs/run.ipynb: make run ARGS="-p steps 300 -p seed 1"
+ARGS ?=
+
+.PHONY: help setup run test docs readme lab clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make setup   .venv with the pinned packages and the project"
+	@echo "make run     train and evaluate: $(REPORT)"
+	@echo "make test    every reference notebook, and all tests"
+	@echo "make docs    the web site, in _docs"
+	@echo "make readme  README.md from nbs/index.ipynb"
+	@echo "make lab     the notebooks in JupyterLab"
+	@echo "make clean   removes .venv and what was built; keeps reports"
+
+setup: $(STAMP)
+
+$(STAMP): settings.ini constraints.txt setup.py pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "error: '$(PYTHON)' is not there. Install Python 3.10, 3.11 or 3.12, or name it: make setup PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(not (3, 10) <= v <= (3, 12))' || { echo "error: $$($(PYTHON) --version) is not supported. This project needs Python 3.10, 3.11 or 3.12; name one: make setup PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "error: $$($(PYTHON) --version) comes without venv or ensurepip. On Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	@if [ -x $(BIN)/python ] && [ "$$($(BIN)/python -c 'import sys; print(sys.version_info[:2])' 2>&1)" != "$$($(PYTHON) -c 'import sys; print(sys.version_info[:2])')" ]; then echo "$(VENV) was made by another Python: making it anew"; rm -rf $(VENV); fi
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	@touch $@
+
+run: $(STAMP)
+	@mkdir -p $(dir $(REPORT))
+	PYTHONWARNINGS="ignore:IProgress not found" $(BIN)/papermill nbs/run.ipynb $(REPORT) -p sampler $(SAMPLER) $(if $(filter-out me5-small-q4,$(ENCODER)),-p encoder $(ENCODER)) $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/python tests/run_all.py
+
+docs: $(STAMP)
+	$(BIN)/python tools/build_site.py
+
+readme: $(STAMP)
+	$(BIN)/python tools/readme.py
+
+lab: $(STAMP)
+	$(BIN)/jupyter lab nbs
+
+clean:
+	rm -rf $(VENV) _proc _docs build dist *.egg-info .pytest_cache .hypothesis .ruff_cache
+	find . -name __pycache__ -type d -not -path "./$(VENV)/*" -prune -exec rm -rf {} +

@@ -1,0 +1,141 @@
+"""Pairs per second in training and texts per second in encoding, beside sentence-transformers doing the same work.
+
+The same weights, texts, prefixes, batches and lengths, in one run, alternating, so that a busy machine is busy for both.
+Needs the data folder (HYBRID_IR_DATA). Writes speed/results/training_and_encoding.json and prints a table.
+
+    python speed/training_and_encoding.py [--steps 4] [--texts 40]
+"""
+
+import argparse
+import json
+import os
+import platform
+import tempfile
+import time
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+
+from hybrid_ir.benchmarks import load_benchmark
+from hybrid_ir.encoders import has_fast_bf16, load_encoder
+from hybrid_ir.experiment import processor_name
+from hybrid_ir.pairs import load_pairs
+from hybrid_ir.samplers import BatchSampler
+from hybrid_ir.training import Trainer, training_options
+
+LANGUAGES = ["ar", "de", "en", "es", "hi", "ru", "th", "tr", "zh"]
+BATCH, LENGTH, TEMPERATURE, RATE = 32, 64, 0.02, 3e-5
+
+
+def peer_model(folder: str, dtype: torch.dtype = torch.float32) -> SentenceTransformer:
+    "sentence-transformers with the same weights, pooling and length."
+    transformer = Transformer(folder, max_seq_length=LENGTH, model_kwargs={"dtype": dtype, "add_pooling_layer": False})
+    return SentenceTransformer(modules=[transformer, Pooling(transformer.get_word_embedding_dimension()), Normalize()], device="cpu")
+
+
+class FixedBatches:
+    "The batches in the order of the data set."
+
+    def __init__(self, size: int, count: int):
+        self.size, self.count = size, count
+
+    def __iter__(self):
+        return iter([list(range(start, start + self.size)) for start in range(0, self.size * self.count, self.size)])
+
+    def __len__(self):
+        return self.count
+
+    def set_epoch(self, epoch):
+        pass
+
+
+def peer_training(folder: str, pairs, batches: list[np.ndarray], bf16: bool = False) -> float:
+    "Seconds that sentence-transformers' trainer takes for the batches."
+    rows = np.concatenate(batches)
+    data = Dataset.from_dict({"anchor": ["query: " + pairs.table[int(q)]["query"] for q in rows[:, 0]], "positive": ["passage: " + pairs.table[int(p)]["passage"] for p in rows[:, 1]]})
+    model = peer_model(folder)
+    with tempfile.TemporaryDirectory() as output:
+        arguments = SentenceTransformerTrainingArguments(
+            output_dir=output, per_device_train_batch_size=BATCH, num_train_epochs=1, learning_rate=RATE, bf16=bf16, use_cpu=True, save_strategy="no", report_to=[], disable_tqdm=True,
+            batch_sampler=lambda dataset, batch_size, **options: FixedBatches(BATCH, len(batches)), logging_strategy="no",
+        )  # fmt: skip
+        trainer = SentenceTransformerTrainer(model, arguments, train_dataset=data, loss=MultipleNegativesRankingLoss(model, scale=1 / TEMPERATURE))
+        started = time.perf_counter()
+        trainer.train()
+        return time.perf_counter() - started
+
+
+def our_training(encoder, pairs, steps: int) -> tuple[float, list[np.ndarray]]:
+    "Seconds that our trainer takes, tokenising included, and the batches it drew."
+    options = training_options(sampler="hybrid", batch_size=BATCH, steps=steps, temperature=TEMPERATURE, learning_rate=RATE, languages=LANGUAGES, heldout=0)
+    batches = list(islice(BatchSampler(pairs, "hybrid", batch_size=BATCH, languages=LANGUAGES), steps))
+    used = pairs.select(ids=np.unique(pairs.id_of_row[np.concatenate(batches).ravel()]))  # tokenise what the peer tokenises, not all of the set
+    trainer = Trainer(encoder, used, options, None, False)
+    batches = list(islice(BatchSampler(used, "hybrid", batch_size=BATCH, languages=LANGUAGES), steps))
+    started = time.perf_counter()
+    trainer.fit()
+    return time.perf_counter() - started, used, batches
+
+
+def our_precision_available() -> bool:
+    return has_fast_bf16(torch.device("cpu"))
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--texts", type=int, default=40, help="passages and queries per language")
+    parser.add_argument("--rounds", type=int, default=2)
+    arguments = parser.parse_args()
+    pairs, benchmark = load_pairs("parallel_docs", languages=LANGUAGES), load_benchmark("xquad_r")
+    rng = np.random.default_rng(0)
+    passages = [benchmark.passages["text"].iloc[row] for part in benchmark.passage_slices.values() for row in rng.choice(np.arange(part.start, part.stop), arguments.texts, replace=False)]
+    queries = [benchmark.queries["text"].iloc[row] for part in benchmark.query_slices.values() for row in rng.choice(np.arange(part.start, part.stop), arguments.texts, replace=False)]
+    seconds: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        load_encoder("me5-small-q4", device="cpu").save(folder)
+        for _ in range(arguments.rounds):
+            encoder = load_encoder(folder, device="cpu", precision="auto", query_length=LENGTH, passage_length=LENGTH)
+            peer = peer_model(folder)
+            started = time.perf_counter()
+            ours = np.concatenate([encoder.encode(queries, "query", progress=False), encoder.encode(passages, "passage", progress=False)])
+            seconds.setdefault("encode, ours", []).append(time.perf_counter() - started)
+            started = time.perf_counter()
+            theirs = np.concatenate([peer.encode(["query: " + text for text in queries]), peer.encode(["passage: " + text for text in passages])])
+            seconds.setdefault("encode, sentence-transformers fp32", []).append(time.perf_counter() - started)
+            agreement = float((ours * theirs).sum(1).min())
+            taken, used, batches = our_training(encoder, pairs, arguments.steps)
+            seconds.setdefault("train, ours", []).append(taken)
+            seconds.setdefault("train, sentence-transformers fp32", []).append(peer_training(folder, used, batches))
+            if our_precision_available():
+                half = peer_model(folder, torch.bfloat16)
+                started = time.perf_counter()
+                half.encode(["query: " + text for text in queries]), half.encode(["passage: " + text for text in passages])
+                seconds.setdefault("encode, sentence-transformers bf16", []).append(time.perf_counter() - started)
+                seconds.setdefault("train, sentence-transformers bf16", []).append(peer_training(folder, used, batches, bf16=True))
+    units = {"encode": len(passages) + len(queries), "train": BATCH * arguments.steps}
+    rates = {name: units[name.split(",")[0]] / min(times) for name, times in seconds.items()}
+    results = {
+        "rates": {name: round(rate, 2) for name, rate in rates.items()}, "units": {"encode": "texts per second", "train": "pairs per second"},
+        "ratios": {name: round(rates[name.split(",")[0] + ", ours"] / rate, 2) for name, rate in rates.items() if not name.endswith("ours")},
+        "smallest cosine between our vectors and theirs": round(agreement, 6), "bf16 in hardware": our_precision_available(),
+        "machine": {"processor": processor_name(), "threads": torch.get_num_threads(), "system": platform.system()},
+        "versions": {name: version(name) for name in ("torch", "transformers", "sentence-transformers", "hybrid_ir")},
+        "command": f"python speed/training_and_encoding.py --steps {arguments.steps} --texts {arguments.texts} --rounds {arguments.rounds}",
+    }  # fmt: skip
+    target = Path(__file__).parent / "results" / "training_and_encoding.json"
+    target.parent.mkdir(exist_ok=True)
+    target.write_text(json.dumps(results, indent=1) + "\n")
+    print(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    main()

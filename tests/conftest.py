@@ -1,0 +1,43 @@
+"""What the tests share: where the data lie, and no network."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+# nothing here may ask a hub for anything: the weights and data that tests need are shipped, made, or in the data folder
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("MPLBACKEND", "agg")
+
+
+def find_data_folder() -> Path | None:
+    "The folder that HYBRID_IR_DATA names, else ../shared/data beside the repository, else None."
+    for candidate in (os.environ.get("HYBRID_IR_DATA"), ROOT.parent / "shared" / "data"):
+        if candidate and (Path(candidate) / "xquad_r").is_dir():
+            return Path(candidate).resolve()
+    return None
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    "The root of the repository."
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    "The folder with the large data files; the test is skipped where there is none."
+    folder = find_data_folder()
+    if folder is None:
+        pytest.skip("no data folder: set HYBRID_IR_DATA to a folder that holds xquad_r/ and the other data sets")
+    return folder
+
+
+@pytest.fixture
+def data_env(data_folder, monkeypatch) -> Path:
+    "The data folder, with HYBRID_IR_DATA set to it."
+    monkeypatch.setenv("HYBRID_IR_DATA", str(data_folder))
+    return data_folder

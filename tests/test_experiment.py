@@ -1,0 +1,141 @@
+"""A run is a function of its configuration: computed once, resumed where it stopped, never mixed; and its notebook tells the story."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+
+import nbformat
+import pytest
+from conftest import ROOT
+from tiny import save_tiny
+
+from hybrid_ir import experiment
+from hybrid_ir.experiment import RunConfig, checkpoint_folder, read_run, run, run_folder
+from hybrid_ir.samplers import SAMPLERS
+
+SMALL = dict(languages="de,en,th", batch_size=8, steps=6, validate_every=3, checkpoint_every=3, learning_rate=1e-3, query_length=32, passage_length=64)
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    return str(save_tiny(tmp_path_factory.mktemp("encoders") / "tiny-bert"))
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("HYBRID_IR_CACHE", str(tmp_path / "cache"))
+
+
+def test_a_run_is_computed_once(encoder, tmp_path, monkeypatch):
+    config = RunConfig(encoder=encoder, **SMALL)
+    first = run(config, tmp_path, progress=False)
+    assert {"config.json", "environment.json", "metrics.json", "train_log.jsonl"} <= {path.name for path in first.folder.iterdir()}
+    assert (first.folder / "sample" / "per_query.parquet").exists() and not list(first.folder.rglob("*.safetensors"))
+    monkeypatch.setattr(experiment, "compute_run", lambda *arguments: pytest.fail("computed again"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = run(config, tmp_path, progress=False)
+    assert again.metrics == first.metrics and again.log.equals(first.log)
+    assert again.after["sample"].summary().equals(first.after["sample"].summary())
+    vectors = again.load_encoder().encode(["Wie?"])
+    assert vectors.shape == (1, 32)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_runs(encoder, tmp_path, sampler):
+    result = run(RunConfig(encoder=encoder, sampler=sampler, **SMALL), tmp_path, progress=False)
+    drawn = result.metrics["composition"]
+    kinds = {"english": {"mono"}, "mixed": {"mixed"}, "mono": {"mono"}, "cross": {"cross"}, "hybrid": {"mono", "cross"}}[sampler]
+    assert set(drawn["kinds"]) <= kinds and drawn["batches"] == 6 and drawn["repeated_ids"] == drawn["repeated_groups"] == 0
+    assert set(result.after["sample"].summary().index) == {"mono", "cross", "multi"}
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(encoder, tmp_path, monkeypatch):
+    config, evaluate = RunConfig(encoder=encoder, **SMALL), experiment.evaluate
+    calls = []
+
+    def stop_at_second(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return evaluate(*arguments, **options)
+
+    monkeypatch.setattr(experiment, "evaluate", stop_at_second)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, tmp_path, progress=False)
+    assert not (run_folder(config, tmp_path) / "metrics.json").exists()
+    steps = (checkpoint_folder(config) / "train_log.jsonl").read_text()
+    result = run(config, tmp_path, progress=False)
+    assert len(calls) == 3, "the untouched encoder was not evaluated again"
+    assert (checkpoint_folder(config) / "train_log.jsonl").read_text() == steps, "nor trained again"
+    shutil.rmtree(checkpoint_folder(config))
+    undisturbed = run(config, tmp_path / "other", progress=False)
+    assert undisturbed.after["sample"].summary().equals(result.after["sample"].summary())
+
+
+def test_folders_of_other_code_or_configuration_are_refused(encoder, tmp_path, monkeypatch):
+    config = RunConfig(encoder=encoder, **SMALL)
+    folder = run_folder(config, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "train", lambda *arguments, **options: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(config, tmp_path, progress=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "code_hash", lambda: "0123456789")
+        with pytest.raises(ValueError, match="begun by other code .*0123456789"):
+            run(config, tmp_path, progress=False)
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | {"steps": 99}))
+    with pytest.raises(ValueError, match="another configuration"):
+        run(config, tmp_path, progress=False)
+    (folder / "config.json").write_text(json.dumps(content))
+    run(config, tmp_path, progress=False)
+    monkeypatch.setattr(experiment, "code_hash", lambda: "0123456789")
+    with pytest.warns(UserWarning, match="computed by other code"):
+        read_run(config, tmp_path)
+
+
+def test_wrong_configurations_fail_before_anything_is_loaded(monkeypatch, tmp_path):
+    monkeypatch.setattr(experiment, "load_encoder", lambda *arguments, **options: pytest.fail("an encoder was loaded"))
+    for wrong, message in [
+        (dict(encoder="me5"), "unknown encoder 'me5'; valid: me5-small-q4"), (dict(sampler="x"), "valid: english, mixed"), (dict(alpha=-0.1), "alpha"),
+        (dict(device="tpu"), "valid: auto, cpu"), (dict(precision="int8"), "valid: auto, fp32, bf16"), (dict(passage_length=1), "passage_length"),
+        (dict(benchmarks=()), "at least one benchmark"), (dict(train="parallel_doc"), "parallel_docs"), (dict(benchmarks="xquad"), "xquad_r"),
+        (dict(languages="de,xx"), "unknown training language 'xx'; valid: ar, de"), (dict(batch_size=500), "a batch_size up to"), (dict(sampler="cross", languages="de"), "two training languages"),
+    ]:  # fmt: skip
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            run(RunConfig(**{"batch_size": 8, **wrong}), tmp_path, progress=False)
+    assert not list(tmp_path.rglob("metrics.json"))
+
+
+def papermill(output, *parameters) -> subprocess.CompletedProcess:
+    words = [word for name, value in parameters for word in ("-p", name, str(value))]
+    return subprocess.run([sys.executable, "-m", "papermill", str(ROOT / "nbs" / "run.ipynb"), str(output), *words], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_the_run_notebook(encoder, tmp_path):
+    parameters = [("encoder", encoder), ("languages", "de,en,th"), ("batch_size", 8), ("steps", 6), ("validate_every", 3), ("reports", tmp_path / "reports")]
+    for _ in range(2):  # the second time it reads what the first one computed
+        done = papermill(tmp_path / "out.ipynb", *parameters, ("sampler", "hybrid"))
+        assert done.returncode == 0, done.stderr[-3000:]
+    notebook = nbformat.read(tmp_path / "out.ipynb", as_version=4)
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    pictures = [output for output in outputs if "image/png" in output.get("data", {})]
+    assert len(pictures) == 5, "composition, training, before and after, languages, bias"
+    assert any(re.search(r"ids repeated within a batch\s+0", output.get("data", {}).get("text/plain", "")) for output in outputs)
+    assert not any(output.output_type == "stream" and output.name == "stderr" for output in outputs)
+    assert len(list((tmp_path / "reports").rglob("runs/*/metrics.json"))) == 1
+
+
+def test_the_run_notebook_names_a_wrong_parameter(tmp_path):
+    done = papermill(tmp_path / "out.ipynb", ("sampler", "hybird"), ("reports", tmp_path / "reports"))
+    assert done.returncode != 0 and "unknown sampler 'hybird'; valid: english, mixed, mono, cross, hybrid" in done.stderr
+
+
+def test_the_parameters_tag_survived():
+    notebook = nbformat.read(ROOT / "nbs" / "run.ipynb", as_version=4)
+    tagged = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    assert len(tagged) == 1 and "sampler" in tagged[0].source and not any(cell.get("outputs") for cell in notebook.cells)

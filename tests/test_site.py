@@ -1,0 +1,249 @@
+"""The documentation site, built once and read in headless Chromium, with every other host blocked."""
+
+import functools
+import http.server
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urldefrag, urljoin, urlparse
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NUMBERED = sorted(p for p in (ROOT / "nbs").glob("*.ipynb") if re.match(r"\d+[a-z]?_", p.name))
+MODULE_PAGES = [re.sub(r"^\d+[a-z]?_", "", p.stem) + ".html" for p in NUMBERED]
+REPORT_PAGES = [p.relative_to(ROOT).with_suffix(".html").as_posix() for p in sorted((ROOT / "reports").rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts]
+FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync --disable-dev-shm-usage"
+BLOCKED = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE localhost, EXCLUDE 127.0.0.1"
+pytestmark = pytest.mark.browser
+
+
+# ---------------------------------------------------------------- the site and the browser
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory) -> Path:
+    "The folder of the site, built from the notebooks as they are."
+    if sys.version_info < (3, 11) and not shutil.which("quarto"):
+        pytest.skip("on Python 3.10 the site needs Quarto")
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "tools/build_site.py", "--stage", str(folder / "stage"), "--output", str(folder / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "site"
+
+
+@pytest.fixture(scope="session")
+def address(site):
+    "The site on a free port of localhost."
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    class Server(http.server.ThreadingHTTPServer):
+        def handle_error(self, request, client_address):  # the browser may leave a page before all of it was sent
+            pass
+
+    with Server(("127.0.0.1", 0), functools.partial(Quiet, directory=site)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+@pytest.fixture(scope="session")
+def chromium(tmp_path_factory):
+    "Headless Chromium that reaches localhost only, and keeps its console for the tests."
+    program, driver = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome"), shutil.which("chromedriver")
+    if not program or not driver:
+        pytest.skip("no Chromium with chromedriver (Debian: apt-get install chromium chromium-driver)")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = program
+    for flag in [*FLAGS.split(), BLOCKED, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}", "--window-size=1400,1000"]:
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    os.environ["SE_OFFLINE"] = "true"  # selenium must not look for a driver elsewhere
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    browser.set_page_load_timeout(60)
+    yield browser
+    browser.quit()
+
+
+@pytest.fixture
+def browser(chromium):
+    "The browser with an empty console, a desktop's window and a light colour scheme; the console must stay empty."
+    chromium.get_log("browser")
+    yield chromium
+    chromium.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    chromium.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+    messages = [entry["message"] for entry in chromium.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
+    assert not messages
+
+
+PROBE = """
+const shown = element => { const box = element.getBoundingClientRect(); return box.width > 1 && box.height > 4; };
+document.querySelectorAll("details").forEach(element => element.open = true);
+return {
+  title: document.title,
+  heading: document.querySelector("h1")?.innerText ?? "",
+  words: document.querySelector("main").innerText.split(/\\s+/).length,
+  formulas: document.querySelectorAll("main math").length,
+  flat: [...document.querySelectorAll("main math")].filter(element => !shown(element)).map(element => element.textContent),
+  raw: [...document.querySelectorAll(".math")].filter(element => !element.querySelector("math")).map(element => element.textContent),
+  images: document.querySelectorAll("main img").length,
+  broken: [...document.querySelectorAll("img")].filter(image => !image.naturalWidth).map(image => image.src.slice(0, 80)),
+  signatures: document.querySelectorAll("main h3.anchored, main h3[id]").length,
+  background: getComputedStyle(document.body).backgroundColor,
+  overflow: document.documentElement.scrollWidth - window.innerWidth,
+};
+"""
+
+
+def read(browser, url: str) -> dict:
+    "Open a page, wait until its pictures are there, and say what is on it; what no page may have is checked here."
+    browser.get(url)
+    browser.set_script_timeout(30)
+    browser.execute_async_script("""
+        const done = arguments[arguments.length - 1];
+        Promise.all([document.fonts.ready, ...[...document.images].map(i => i.decode().catch(() => 0))]).then(() => done());
+    """)
+    page = browser.execute_script(PROBE)
+    assert page["title"] and page["words"] > 20, page
+    assert not page["broken"], f"pictures that do not load: {page['broken']}"
+    assert not page["raw"], f"formulas that are not drawn: {page['raw']}"
+    assert not page["flat"], f"formulas without a size: {page['flat']}"
+    return page
+
+
+# ---------------------------------------------------------------- tests
+
+
+def test_home_page(browser, address):
+    page = read(browser, address)
+    assert page["heading"] == "hybrid_ir"
+    text = browser.find_element("tag name", "main").text
+    assert "make run" in text and "make test" in text
+
+
+@pytest.mark.parametrize("name", MODULE_PAGES)
+def test_module_page(browser, address, name):
+    page = read(browser, address + name)
+    assert page["signatures"] >= 1
+    sidebar = browser.find_element("id", "quarto-sidebar")
+    active = [link for link in sidebar.find_elements("css selector", "a.active, .active a") if link.get_attribute("href").endswith("/" + name)]
+    assert active, f"{name} is not in the sidebar"
+
+
+@pytest.mark.parametrize("name", REPORT_PAGES)
+def test_report_page(browser, address, name):
+    page = read(browser, address + name)
+    assert page["images"] >= 1, "a report without a figure"
+
+
+def test_there_is_a_report_with_figures():
+    assert REPORT_PAGES, "no executed notebook in reports/: `make run` writes one"
+
+
+def test_formulas_are_drawn_without_a_network(browser, address):
+    pages = [read(browser, address + name) for name in ["index.html", *MODULE_PAGES]]
+    assert sum(page["formulas"] for page in pages) >= 3
+    font = browser.execute_script("return [...document.fonts].filter(f => f.family.includes('Site Math')).map(f => f.status)")
+    assert font and "error" not in font
+
+
+def test_search_finds_a_word_and_leads_to_it(browser, address):
+    browser.get(address)
+    generator = browser.execute_script("return document.querySelector('meta[name=generator]').content")
+    if not generator.startswith("smalldocs"):
+        with urllib.request.urlopen(address + "search.json") as reply:
+            assert b"hybrid" in reply.read()
+        return
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    field = next(f for f in browser.find_elements("css selector", ".smalldocs-search input") if f.is_displayed())
+    field.send_keys("hybrid")
+    results = WebDriverWait(browser, 20).until(lambda b: [r for r in b.find_elements("css selector", "a.search-result") if r.is_displayed()])
+    target = results[0].get_attribute("href")
+    results[0].click()
+    WebDriverWait(browser, 20).until(lambda b: urldefrag(b.current_url)[0] == urldefrag(target)[0])
+    assert "hybrid" in browser.find_element("tag name", "main").text.lower()
+
+
+@pytest.mark.parametrize("name", ["index.html", *MODULE_PAGES, *REPORT_PAGES])
+def test_phone_width_needs_no_sideways_scrolling(browser, address, name):
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True})
+    assert read(browser, address + name)["overflow"] <= 0
+
+
+def test_dark_mode_is_dark(browser, address):
+    def brightness() -> float:
+        red, green, blue = map(float, re.findall(r"[\d.]+", read(browser, address)["background"])[:3])
+        return (red + green + blue) / 3
+
+    light = brightness()
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": "dark"}]})
+    dark = brightness()
+    assert light > 200 and dark < 80
+
+
+class Links(HTMLParser):
+    "The links, the files that are loaded, and the anchors of a page."
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.links, self.anchors = [], set()
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.anchors.update(v for k, v in attributes.items() if k in ("id", "name") and v)
+        self.links += [(tag, v) for k, v in attributes.items() if k in ("href", "src") and v]
+
+
+def test_every_link_inside_the_site_leads_somewhere(site, address):
+    pages, waiting, broken, loaded_elsewhere = {}, [address + "index.html"], [], []
+    links = []
+    while waiting:
+        url = waiting.pop()
+        if url in pages:
+            continue
+        try:
+            with urllib.request.urlopen(url) as reply:
+                is_page = reply.headers.get_content_type() == "text/html"
+                pages[url] = Links(reply.read().decode()) if is_page else None
+        except urllib.error.HTTPError as error:
+            pages[url] = None
+            broken.append(f"{error.code} {url}")
+            continue
+        for tag, link in pages[url].links if pages[url] else []:
+            if urlparse(link).scheme in ("data", "mailto", "javascript"):
+                continue
+            target, anchor = urldefrag(urljoin(url, link))
+            if not target.startswith(address):
+                if tag in ("script", "img", "link", "iframe", "source"):
+                    loaded_elsewhere.append(f"{url} loads {link}")
+                continue
+            target = target + "index.html" if target.endswith("/") else target
+            waiting.append(target)
+            links.append((url, target, unquote(anchor)))
+    broken += [f"{url} -> {target}#{anchor}" for url, target, anchor in links if anchor and pages.get(target) and anchor not in pages[target].anchors]
+    assert not broken
+    assert not loaded_elsewhere
+    reached = {url.removeprefix(address) for url in pages}
+    assert {p.relative_to(site).as_posix() for p in site.rglob("*.html")} <= reached, "a page that no link leads to"
+    assert {*MODULE_PAGES, *REPORT_PAGES} <= reached
+
+
+def test_no_page_names_a_path_of_this_machine(site):
+    places = re.compile(rf"{re.escape(str(ROOT))}|(?<![\w.-])/(?:work|root)/\S+|\S+/site-packages/\S+")
+    found = {page.name: places.findall(page.read_text(encoding="utf-8"))[:3] for page in site.rglob("*.html")}
+    assert not {name: paths for name, paths in found.items() if paths}

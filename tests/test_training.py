@@ -1,0 +1,251 @@
+"""Training learns, is exact, and loses nothing: resume after kill -9, full disk, NaN, folders of other runs."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import save_tiny
+
+from hybrid_ir import training
+from hybrid_ir.encoders import load_encoder
+from hybrid_ir.pairs import load_pairs
+from hybrid_ir.training import CheckpointError, Trainer, TrainingDiverged, checkpoints, train, training_options, weights_hash
+
+OPTIONS = dict(batch_size=12, steps=20, learning_rate=2e-3, validate_every=5, checkpoint_every=5, seed=3, patience=50, temperature=0.05)
+
+
+@pytest.fixture(scope="module", params=["bert", "xlm-roberta"])
+def any_folder(request, tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    return load_pairs("sample", languages=["de", "en", "th"])
+
+
+def tiny(folder):
+    return load_encoder(str(folder), device="cpu", precision="fp32", query_length=32, passage_length=64)
+
+
+def test_training_learns(any_folder, pairs):
+    encoder = tiny(any_folder)
+    result = train(encoder, pairs, sampler="hybrid", progress=False, **OPTIONS | dict(steps=60, learning_rate=1e-3, validate_every=20))
+    checks = result.log["validation_loss"].dropna()
+    assert checks.min() < checks.iloc[0] and result.best_step > 0 and result.steps == 60 and not result.stopped_early
+    losses = result.log["loss"].dropna()
+    assert losses.tail(10).mean() < losses.head(10).mean()
+
+
+def test_same_seed_same_weights(folder, pairs):
+    hashes = []
+    for seed in (3, 3, 4):
+        encoder = tiny(folder)
+        train(encoder, pairs, progress=False, **OPTIONS | dict(seed=seed, heldout=0))
+        hashes.append(weights_hash(encoder))
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+@pytest.mark.parametrize("architecture", ["bert", "xlm-roberta"])
+def test_compact_vocabulary_is_exact(tmp_path, pairs, monkeypatch, architecture):
+    "Training on the rows in use gives the weights of training on the full table."
+    folder, trained = save_tiny(tmp_path, architecture), []
+    for compact in (True, False):
+        encoder = tiny(folder)
+        if not compact:
+            monkeypatch.setattr(training.CompactVocabulary, "__init__", keep_all_rows)
+            monkeypatch.setattr(training.CompactVocabulary, "restore", lambda self: None)
+        train(encoder, pairs, progress=False, **OPTIONS | dict(heldout=0, steps=10))
+        trained.append(encoder.state_dict())
+    untouched = tiny(folder).state_dict()
+    assert any(not torch.equal(untouched[name], trained[0][name]) for name in untouched)
+    for name, values in trained[0].items():
+        assert torch.allclose(values, trained[1][name], atol=1e-6), name
+
+
+def keep_all_rows(self, encoder, token_lists):
+    self.encoder, self.full = encoder, encoder.backbone.get_input_embeddings()
+    self.compact, self.tokens = self.full, np.arange(self.full.num_embeddings)
+    self.numbers = self.tokens.astype(np.int32)
+
+
+def test_frozen_word_embeddings_stay(folder, pairs):
+    encoder = tiny(folder)
+    before = encoder.backbone.get_input_embeddings().weight.clone()
+    train(encoder, pairs, progress=False, train_embeddings=False, **OPTIONS)
+    assert torch.equal(encoder.backbone.get_input_embeddings().weight, before)
+    train(encoder, pairs, progress=False, **OPTIONS)
+    assert not torch.equal(encoder.backbone.get_input_embeddings().weight, before)
+
+
+def test_dropout_changes_training_and_can_be_set(folder, pairs):
+    hashes = []
+    for dropout in (None, 0.0):
+        encoder = tiny(folder)
+        train(encoder, pairs, progress=False, dropout=dropout, **OPTIONS | dict(heldout=0, steps=3))
+        hashes.append(weights_hash(encoder))
+    assert hashes[0] != hashes[1]
+
+
+def test_early_stopping_restores_the_best(folder, pairs):
+    encoder = tiny(folder)
+    untouched = weights_hash(encoder)
+    result = train(encoder, pairs, progress=False, **OPTIONS | dict(learning_rate=3.0, clip=1e6, steps=40, patience=2, warmup=0.0))
+    assert result.stopped_early and result.steps == 10 and result.best_step == 0
+    assert weights_hash(encoder) == untouched, "a run that only does harm leaves the encoder as it was"
+
+
+def test_hard_negatives_enter_the_loss(folder):
+    from hybrid_ir.pairs import ParallelPairs
+
+    plain = [{"id": f"{n}", "query": {"de": f"Frage {n}", "en": f"question {n}"}, "passage": {"de": f"Antwort {n}", "en": f"answer {n}"}} for n in range(30)]
+    hard = [record | {"negatives": {"de": [f"falsch {n}"], "en": [f"wrong {n}"]}} for n, record in enumerate(plain)]
+    losses = [train(tiny(folder), ParallelPairs.from_records(records), progress=False, hard_negatives=1, **OPTIONS | dict(steps=1, heldout=0, dropout=0.0)).log["loss"][0] for records in (plain, hard)]
+    assert losses[1] > losses[0]
+
+
+# a run in a process of its own, which dies when its log has so many lines
+RUN = """
+import sys
+from hybrid_ir.encoders import load_encoder
+from hybrid_ir.pairs import load_pairs
+from hybrid_ir.training import train, weights_hash
+encoder = load_encoder(sys.argv[1], device="cpu", precision="fp32", query_length=32, passage_length=64)
+pairs = load_pairs("sample", languages=["de", "en", "th"])
+result = train(encoder, pairs, folder=sys.argv[2], progress=False, **eval(sys.argv[3]))
+print(weights_hash(encoder), result.steps, result.best_step)
+"""
+
+
+def run_process(folder, run_folder, options, kill_after: int | None = None) -> str:
+    process = subprocess.Popen([sys.executable, "-c", RUN, str(folder), str(run_folder), repr(options)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    if kill_after is not None:
+        log = Path(run_folder) / "train_log.jsonl"
+        while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) >= kill_after):
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+    out, err = process.communicate()
+    assert kill_after is not None or process.returncode == 0, err
+    return out.strip()
+
+
+def test_resume_after_kill_is_exact(folder, tmp_path):
+    "Killed three times, at any moment, and with dropout: the same weights, the same log."
+    options = OPTIONS | dict(steps=40)
+    expected = run_process(folder, tmp_path / "undisturbed", options)
+    for kill_after in (9, 22, 31):
+        assert run_process(folder, tmp_path / "killed", options, kill_after) == ""
+    found = checkpoints(tmp_path / "killed")
+    assert len(found) == 1 and found[0].name > "checkpoint-00000009"
+    assert run_process(folder, tmp_path / "killed", options) == expected
+    logs = [[json.loads(line) for line in (tmp_path / name / "train_log.jsonl").read_text().splitlines()] for name in ("undisturbed", "killed")]
+    for first, second in zip(*logs, strict=True):
+        assert {k: v for k, v in first.items() if k != "pairs_per_second"} == {k: v for k, v in second.items() if k != "pairs_per_second"}
+
+
+def test_a_finished_run_is_not_trained_again(folder, pairs, tmp_path):
+    encoder = tiny(folder)
+    first = train(encoder, pairs, folder=tmp_path, progress=False, **OPTIONS)
+    again = tiny(folder)
+    second = train(again, pairs, folder=tmp_path, progress=False, **OPTIONS)
+    assert weights_hash(again) == weights_hash(encoder) and second.to_dict() == first.to_dict()
+
+
+def test_nan_stops_and_keeps_the_last_good_checkpoint(folder, pairs, tmp_path, monkeypatch):
+    encoder, calls = tiny(folder), []
+
+    def poisoned(*arguments, **options):
+        calls.append(1)
+        loss = true_loss(*arguments, **options)
+        return loss * float("nan") if len(calls) > 60 else loss
+
+    true_loss = training.info_nce
+    monkeypatch.setattr(training, "info_nce", poisoned)
+    with pytest.raises(TrainingDiverged, match=r"at step (\d+): not finite.*checkpoint-"):
+        train(encoder, pairs, folder=tmp_path, progress=False, **OPTIONS | dict(steps=100, checkpoint_every=2, validate_every=30))
+    assert all(torch.isfinite(values).all() for values in encoder.state_dict().values())
+    kept = checkpoints(tmp_path)
+    assert len(kept) == 1
+    monkeypatch.setattr(training, "info_nce", true_loss)
+    result = train(tiny(folder), pairs, folder=tmp_path, progress=False, **OPTIONS | dict(steps=100, checkpoint_every=2, validate_every=30))
+    assert result.steps == 100
+
+
+def test_full_disk_while_writing_a_checkpoint(folder, tmp_path):
+    "The file system refuses to write more (a limit of the process stands for it): the previous checkpoint stays, and the run resumes from it."
+    code = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n" + RUN.replace(
+        "result = train(", "import hybrid_ir.training as t\nwrite = t.write_checkpoint\n"
+        "def limited(accelerator, folder, step):\n    if step > 10: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))\n"
+        "    return write(accelerator, folder, step)\nt.write_checkpoint = limited\nresult = train(",
+    )  # fmt: skip
+    options = OPTIONS | dict(steps=30)
+    done = subprocess.run([sys.executable, "-c", code, str(folder), str(tmp_path / "full"), repr(options)], capture_output=True, text=True)
+    assert done.returncode != 0 and "CheckpointError" in done.stderr and "checkpoint-00000010 is intact" in done.stderr
+    assert [path.name for path in (tmp_path / "full").glob("checkpoint-*")] == ["checkpoint-00000010"]
+    assert run_process(folder, tmp_path / "full", options) == run_process(folder, tmp_path / "other", options)
+
+
+def test_a_damaged_checkpoint_is_named(folder, pairs, tmp_path):
+    options = OPTIONS | dict(steps=10)
+    train(tiny(folder), pairs, folder=tmp_path, progress=False, **options)
+    weights = next(checkpoints(tmp_path)[-1].glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="cannot read .*checkpoint-00000010"):
+        train(tiny(folder), pairs, folder=tmp_path, progress=False, **options)
+
+
+def test_folders_are_never_mixed(folder, pairs, tmp_path):
+    train(tiny(folder), pairs, folder=tmp_path / "run", progress=False, **OPTIONS | dict(steps=5))
+    with pytest.raises(ValueError, match="another training run .*options"):
+        train(tiny(folder), pairs, folder=tmp_path / "run", progress=False, **OPTIONS | dict(steps=6))
+    with pytest.raises(ValueError, match="another training run .*pairs"):
+        train(tiny(folder), load_pairs("sample", languages=["de", "en"]), folder=tmp_path / "run", progress=False, **OPTIONS | dict(steps=5))
+    other = tiny(folder)
+    with torch.no_grad():
+        other.backbone.get_input_embeddings().weight[5] += 1
+    with pytest.raises(ValueError, match="another training run .*weights"):
+        train(other, pairs, folder=tmp_path / "run", progress=False, **OPTIONS | dict(steps=5))
+    (tmp_path / "run" / "training.json").unlink()
+    with pytest.raises(ValueError, match="their run is unknown"):
+        train(tiny(folder), pairs, folder=tmp_path / "run", progress=False, **OPTIONS | dict(steps=5))
+
+
+def test_wrong_options_fail_before_anything_slow(folder, pairs, monkeypatch):
+    monkeypatch.setattr(Trainer, "prepare", lambda self: pytest.fail("training began"))
+    encoder = tiny(folder)
+    for wrong, message in [
+        (dict(sampler="x"), "english, mixed, mono, cross, hybrid"), (dict(alpha=2), "alpha"), (dict(temperature=-1), "temperature"), (dict(temperature=float("nan")), "temperature"),
+        (dict(batch_size=5000), "works"), (dict(lr=1), "unknown training option 'lr'; valid: .*learning_rate"), (dict(steps=0), "steps"), (dict(languages=["xx"]), "unknown training language 'xx'"),
+        (dict(heldout=0.001), "0.001 of 96 ids is less than"),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            train(encoder, pairs, progress=False, **OPTIONS | wrong)
+
+
+def test_gradients_equal_those_of_a_plain_forward_pass(folder, pairs):
+    "Sorting by length and cutting into chunks changes no gradient."
+    gradients = []
+    for budget in (100, 100_000):
+        encoder = tiny(folder).eval()
+        encoder.token_budget = budget
+        tokens = encoder.tokenize(list(pairs.table["query"])[:8], "query") + encoder.tokenize(list(pairs.table["passage"])[:8], "passage")
+        vectors = encoder.embed_tokens(tokens)
+        training.info_nce(vectors[:8], vectors[8:], 0.05).backward()
+        gradients.append([parameter.grad.clone() for parameter in encoder.parameters() if parameter.grad is not None])
+    assert all(torch.allclose(first, second, atol=1e-5) for first, second in zip(*gradients, strict=True))
+
+
+def test_options_of_hub_defaults_survive_a_round_trip():
+    options = training_options(languages=["de", "en"], steps=7)
+    assert options.languages == ("de", "en") and options.steps == 7
