@@ -7,13 +7,14 @@ __all__ = ['POOLINGS', 'KINDS', 'DEVICES', 'PRECISIONS', 'Q4_BLOCK', 'ME5_LAYER_
            'E5_STYLE', 'KNOWN_CONFIGS', 'HUB_NAME', 'EncoderConfig', 'choose_device', 'has_fast_bf16',
            'choose_precision', 'autocast', 'length_chunks', 'pool', 'check_texts', 'Encoder', 'dequantize_q4',
            'ByteReader', 'read_me5_file', 'me5_parameter_name', 'build_me5_backbone', 'build_me5_tokenizer',
-           'bundled_file', 'load_me5_small_q4', 'encoder_config', 'check_encoder_name', 'load_backbone', 'load_encoder']
+           'bundled_file', 'load_me5_small_q4', 'encoder_config', 'check_encoder_name', 'no_file_bars', 'load_backbone',
+           'load_encoder']
 
 # %% ../nbs/03_encoders.ipynb #2044ead9
 import json
 import re
 import struct
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -22,8 +23,9 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
 
 from .sources import choose
 
@@ -352,6 +354,16 @@ def check_encoder_name(name: str) -> str:
     raise ValueError(f"unknown encoder {name!r}; valid: {', '.join(ENCODERS)} (bundled), an existing folder, or a hub name such as 'xlm-roberta-base' or 'owner/model'")
 
 
+@contextmanager
+def no_file_bars():
+    "Without the bars that transformers shows for every file it reads or writes; notebooks keep what is written to them."
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.enable_progress_bar()
+
+
 def load_backbone(name: str) -> nn.Module:
     "The network of a folder or hub name without the pooling layer that this package never uses."
     try:
@@ -374,7 +386,8 @@ def load_encoder(
         backbone, tokenizer = ENCODERS[name]()
     else:
         try:
-            tokenizer, backbone = AutoTokenizer.from_pretrained(name), load_backbone(name)
+            with no_file_bars():
+                tokenizer, backbone = AutoTokenizer.from_pretrained(name), load_backbone(name)
         except OSError as error:
             raise OSError(f"cannot load encoder {name!r} from a folder or the hub (bundled: {', '.join(ENCODERS)}): {error}") from error
     limit = getattr(backbone.config, "max_position_embeddings", config.passage_length)
@@ -387,7 +400,8 @@ def load_encoder(
 def save(self: Encoder, folder: str | Path) -> Path:
     "Write weights, tokenizer and configuration into `folder`; `load_encoder(folder)` reads them back."
     folder = Path(folder)
-    self.backbone.save_pretrained(folder)
+    with no_file_bars():
+        self.backbone.save_pretrained(folder)
     self.tokenizer.save_pretrained(folder)
     (folder / "hybrid_ir.json").write_text(json.dumps(asdict(self.config), indent=1, ensure_ascii=False) + "\n")
     return folder

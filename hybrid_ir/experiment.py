@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COMPUTING_MODULES', 'PACKAGES', 'RunConfig', 'check_length', 'slug', 'code_hash', 'processor_name', 'environment',
            'write_json', 'open_run_folder', 'run_folder', 'checkpoint_folder', 'untouched_folder', 'evaluate_into',
-           'Run', 'no_file_bars', 'read_run', 'compute_run', 'run', 'complete_runs']
+           'Run', 'read_run', 'compute_run', 'run', 'complete_runs']
 
 # %% ../nbs/10_experiment.ipynb #b7a00a13
 import hashlib
@@ -16,7 +16,6 @@ import re
 import shutil
 import time
 import warnings
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -25,7 +24,6 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from transformers.utils import logging as transformers_logging
 
 import hybrid_ir
 from .benchmarks import Benchmark, load_benchmark
@@ -183,18 +181,7 @@ class Run:
         folder = checkpoint_folder(self.config) / "encoder"
         if not folder.exists():
             raise FileNotFoundError(f"{folder} does not exist: the weights stay on the machine that trained them; delete {self.folder} and run again")
-        with no_file_bars():
-            return load_encoder(str(folder), device=self.config.device, precision=self.config.precision)
-
-
-@contextmanager
-def no_file_bars():
-    "Without the bars that transformers shows for every file it reads or writes; reports keep what is written to them."
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.enable_progress_bar()
+        return load_encoder(str(folder), device=self.config.device, precision=self.config.precision)
 
 
 def read_run(config: RunConfig, reports: str | Path = "reports") -> Run:
@@ -218,13 +205,11 @@ def compute_run(config: RunConfig, reports: str | Path, progress: bool):
     training = split_pairs(pairs, options)[0]
     drawn = composition(islice(build_sampler(training, options, options.batch_size, options.seed), options.steps), training)
     open_run_folder(config, folder, environment(device, choose_precision(config.precision, device)))
-    with no_file_bars():
-        encoder, weights = config.load_encoder(), checkpoint_folder(config)
+    encoder, weights = config.load_encoder(), checkpoint_folder(config)
     for name, benchmark in benchmarks.items():
         evaluate_into(untouched_folder(config, name, reports), encoder, benchmark, progress)
     result = train(encoder, pairs, folder=weights, progress=progress, **asdict(options))
-    with no_file_bars():
-        encoder.save(weights / "encoder")
+    encoder.save(weights / "encoder")
     for name, benchmark in benchmarks.items():
         evaluate_into(folder / slug(name), encoder, benchmark, progress)
     result.log.to_json(folder / "train_log.jsonl", orient="records", lines=True)

@@ -15,7 +15,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from .evaluation import Scores
-from .experiment import Run
+from .experiment import Run, code_hash
 
 # %% ../nbs/11_figures.ipynb #81396859
 BEFORE, AFTER = "0.65", "#1f6fb4"
@@ -157,7 +157,7 @@ def sampler_table(runs: list[Run], benchmark: str) -> pd.DataFrame:
         rows[name] = {SIDE_BY_SIDE[task]: value for task, value in scores.summary()["map"].items()} | {
             "rank distance": bias["rank_distance"], "normalised": bias["normalized_rank_distance"], f"own language in top {share.split('@')[-1]}": bias[share],
         }  # fmt: skip
-    return pd.DataFrame(rows).T.rename_axis("sampler").round(3)
+    return pd.DataFrame(rows).T.rename_axis(columns="sampler").round(3)
 
 
 def sampler_plot(runs: list[Run], benchmark: str) -> Figure:
@@ -185,5 +185,6 @@ def configuration_table(run: Run) -> pd.DataFrame:
     rows = {name: getattr(config, name) for name in names if not (name == "alpha" and config.sampler != "hybrid")}
     rows["languages"] = config.languages or "all"
     rows = {name: ", ".join(value) if isinstance(value, tuple) else value for name, value in rows.items()}
-    rows |= {"machine": f"{found['processor']}, {found['device']}, {found['precision']}", "torch": found["torch"], "transformers": found["transformers"], "code": found["code"]}
+    rows |= {"machine": f"{found['processor']}, {found['device']}, {found['precision']}", "torch": found["torch"], "transformers": found["transformers"]}
+    rows["code"] = found["code"] if found["code"] == code_hash() else f"{found['code']} (the code now: {code_hash()})"
     return pd.DataFrame({"value": {name: "as the encoder has it" if value is None else value for name, value in rows.items()}})

@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from fastcore.basics import patch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .encoders import Encoder, autocast, choose_precision
 from .losses import info_nce

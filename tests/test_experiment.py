@@ -1,6 +1,7 @@
 """A run is a function of its configuration: computed once, resumed where it stopped, never mixed; and its notebook tells the story."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -113,7 +114,8 @@ def test_wrong_configurations_fail_before_anything_is_loaded(monkeypatch, tmp_pa
 
 def papermill(output, *parameters) -> subprocess.CompletedProcess:
     words = [word for name, value in parameters for word in ("-p", name, str(value))]
-    return subprocess.run([sys.executable, "-m", "papermill", str(ROOT / "nbs" / "run.ipynb"), str(output), *words], cwd=ROOT, capture_output=True, text=True)
+    env = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}  # the kernel chooses the one that shows figures
+    return subprocess.run([sys.executable, "-m", "papermill", str(ROOT / "nbs" / "run.ipynb"), str(output), *words], cwd=ROOT, capture_output=True, text=True, env=env)
 
 
 def test_the_run_notebook(encoder, tmp_path):
