@@ -8,7 +8,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, XLMRobe
 
 from hybrid_ir.pairs import load_pairs
 
-SIZE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, max_position_embeddings=140)
+SIZE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, max_position_embeddings=300)
 
 
 def texts() -> list[str]:
