@@ -9,7 +9,7 @@ from hybrid_ir.pairs import SAMPLE_LANGUAGES, load_pairs, read_paragraphs, sampl
 
 @pytest.fixture(scope="module")
 def encoder():
-    return load_encoder("me5-small-q4", device="cpu")
+    return load_encoder("me5-small-q4", device="cpu", precision="fp32")
 
 
 def paragraphs(language: str) -> list[str]:
