@@ -66,12 +66,12 @@ def test_compact_vocabulary_is_exact(tmp_path, pairs, monkeypatch, architecture)
         if not compact:
             monkeypatch.setattr(training.CompactVocabulary, "__init__", keep_all_rows)
             monkeypatch.setattr(training.CompactVocabulary, "restore", lambda self: None)
-        train(encoder, pairs, progress=False, **OPTIONS | dict(heldout=0, steps=10))
+        train(encoder, pairs, progress=False, **OPTIONS | dict(heldout=0, steps=10, dropout=0.0))
         trained.append(encoder.state_dict())
     untouched = tiny(folder).state_dict()
     assert any(not torch.equal(untouched[name], trained[0][name]) for name in untouched)
     for name, values in trained[0].items():
-        assert torch.allclose(values, trained[1][name], atol=1e-6), name
+        assert torch.allclose(values, trained[1][name], atol=1e-5), name
 
 
 def keep_all_rows(self, encoder, token_lists):
