@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SAMPLERS', 'IdQueue', 'draw_columns', 'draw_language_pairs', 'check_parameters', 'TrainingSet', 'check_pools',
-           'BatchSampler', 'training_languages', 'Composition', 'batch_kind', 'row_positions', 'composition']
+           'BatchSampler', 'training_languages', 'Composition', 'batch_kind', 'composition']
 
 # %% ../nbs/04_samplers.ipynb #aeb11ce4
 from dataclasses import dataclass
@@ -231,20 +231,12 @@ def batch_kind(query_languages: np.ndarray, passage_languages: np.ndarray) -> st
     return "other" if same.any() else "cross"
 
 
-def row_positions(pairs: ParallelPairs) -> tuple[np.ndarray, np.ndarray]:
-    "The number of the id, and of the language, of every row of `pairs.table`."
-    row_ids, row_languages = np.full((2, len(pairs)), -1)
-    ids, columns = np.nonzero(pairs.rows >= 0)
-    row_ids[pairs.rows[ids, columns]], row_languages[pairs.rows[ids, columns]] = ids, columns
-    return row_ids, row_languages
-
-
 def composition(
     batches,  # an iterable of int arrays [B, 2], as a `BatchSampler` yields them
     pairs: ParallelPairs,  # the pairs that the rows point into
 ) -> Composition:
     "Count the languages, kinds and repetitions in batches."
-    row_ids, row_languages = row_positions(pairs)
+    row_ids, row_languages = pairs.id_of_row, pairs.language_of_row
     counts, rows, used = np.zeros((len(pairs.languages),) * 2, dtype=np.int64), [], []
     for batch in batches:
         batch_ids, (query_languages, passage_languages) = row_ids[batch[:, 0]], row_languages[batch].T

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from .encoders import Encoder, autocast, choose_precision
 from .losses import info_nce
 from .pairs import ParallelPairs
-from .samplers import BatchSampler, check_parameters, row_positions
+from .samplers import BatchSampler, check_parameters
 from .sources import choose
 
 # %% ../nbs/06_training.ipynb #0700878b
@@ -157,7 +157,7 @@ class TokenizedPairs:
 
     @classmethod
     def from_pairs(cls, encoder: Encoder, pairs: ParallelPairs, hard_negatives: int = 0, progress: bool = True):
-        return cls(TokenTable(encoder, pairs, hard_negatives, progress), pairs.groups[row_positions(pairs)[0]])
+        return cls(TokenTable(encoder, pairs, hard_negatives, progress), pairs.groups[pairs.id_of_row])
 
 
 def batch_loss(towers: nn.Module, data: TokenizedPairs, batch: np.ndarray, options: TrainingOptions) -> torch.Tensor:

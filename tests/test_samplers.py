@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest, chisquare
 
 from hybrid_ir.pairs import ParallelPairs, load_pairs
-from hybrid_ir.samplers import SAMPLERS, BatchSampler, composition, row_positions
+from hybrid_ir.samplers import SAMPLERS, BatchSampler, composition
 
 slow = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 
@@ -46,7 +46,7 @@ def test_every_batch_keeps_the_rules(pairs, sampler, batch_size, seed):
     batches = usable_sampler(pairs, sampler, batch_size, seed=seed)
     if batches is None:
         return
-    row_ids, row_languages = row_positions(pairs)
+    row_ids, row_languages = pairs.id_of_row, pairs.language_of_row
     for batch in islice(batches, 30):
         assert batch.shape == (batch_size, 2) and batch.dtype == np.int64
         ids = row_ids[batch]
@@ -93,7 +93,7 @@ def full_pairs(n_ids: int, languages: list[str]) -> ParallelPairs:
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_all_ids_are_used_before_any_is_used_again(sampler):
     pairs = full_pairs(100, ["de", "en", "tr"])
-    row_ids, _ = row_positions(pairs)
+    row_ids = pairs.id_of_row
     used = np.concatenate([row_ids[batch[:, 0]] for batch in islice(BatchSampler(pairs, sampler, batch_size=10), 30)])
     for start in range(0, 300, 100):
         assert len(set(used[start : start + 100])) == 100
@@ -103,7 +103,7 @@ def test_all_ids_are_used_before_any_is_used_again(sampler):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_batch_across_two_passes_repeats_nothing(sampler):
     pairs = full_pairs(25, ["de", "en", "tr"])
-    row_ids, _ = row_positions(pairs)
+    row_ids = pairs.id_of_row
     counts = np.zeros(25, dtype=int)
     for batch in islice(BatchSampler(pairs, sampler, batch_size=10), 200):
         ids = row_ids[batch[:, 0]]
@@ -142,7 +142,7 @@ def test_languages_by_size():
 def test_several_training_sets(exponent, share):
     small, large = full_pairs(30, ["de", "en"]), full_pairs(90, ["de", "en", "tr"])
     pairs = ParallelPairs.concat([large, small])
-    row_ids, _ = row_positions(pairs)
+    row_ids = pairs.id_of_row
     sets = [set(pairs.sets[row_ids[batch[:, 0]]]) for batch in islice(BatchSampler(pairs, "hybrid", batch_size=5, set_exponent=exponent), 800)]
     assert all(len(of_batch) == 1 for of_batch in sets)
     assert binomtest(sum(of_batch == {0} for of_batch in sets), 800, share).pvalue > 1e-4
