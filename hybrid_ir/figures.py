@@ -140,9 +140,9 @@ SIDE_BY_SIDE = {"mono": "mAP within a language", "cross": "mAP across languages"
 
 def sampler_scores(runs: list[Run], benchmark: str) -> dict[str, Scores]:
     "The scores of the untouched encoder and of each run, by name; raises `ValueError` if the runs do not start from the same encoder."
-    starts = {(run.config.encoder, run.config.query_length, run.config.passage_length) for run in runs}
+    starts = {run.config.encoder for run in runs}
     if len(starts) != 1:
-        raise ValueError(f"runs to compare must have the same encoder and lengths, not {sorted(map(str, starts))}")
+        raise ValueError(f"runs to compare must have the same encoder, not {', '.join(sorted(starts))}")
     seeds = len({run.config.seed for run in runs}) > 1
     names = [f"{run.config.sampler}, seed {run.config.seed}" if seeds else run.config.sampler for run in runs]
     return {"untouched": runs[0].before[benchmark]} | {name: run.after[benchmark] for name, run in zip(names, runs)}
@@ -181,7 +181,7 @@ def sampler_plot(runs: list[Run], benchmark: str) -> Figure:
 def configuration_table(run: Run) -> pd.DataFrame:
     "What decided this run, in the words of `RunConfig`, and where it ran."
     config, found = run.config, run.environment
-    names = ["encoder", "train", "benchmarks", "sampler", "alpha", "batch_size", "steps", "temperature", "learning_rate", "query_length", "passage_length", "seed"]
+    names = ["encoder", "train", "benchmarks", "sampler", "alpha", "batch_size", "steps", "temperature", "learning_rate", "query_length", "passage_length", "unique_ids", "seed"]
     rows = {name: getattr(config, name) for name in names if not (name == "alpha" and config.sampler != "hybrid")}
     rows["languages"] = config.languages or "all"
     rows = {name: ", ".join(value) if isinstance(value, tuple) else value for name, value in rows.items()}

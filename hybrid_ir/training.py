@@ -13,7 +13,7 @@ import hashlib
 import json
 import shutil
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +50,10 @@ class TrainingOptions:
     symmetric: bool = False  # passages also look for their questions
     hard_negatives: int = 0  # per pair, if the pairs have them
     clip: float = 1.0  # largest norm of the gradient
+    unique_ids: bool = True  # False: ids may repeat within a batch, as wrong answers of each other; to measure what that costs
     dropout: float | None = None  # None: as the encoder has it; 0 is faster on a CPU
+    query_length: int | None = None  # tokens read of a question in training; None: as the encoder has it
+    passage_length: int | None = None  # tokens read of a passage in training; None: as the encoder has it
     train_embeddings: bool = True  # False: the word embeddings stay as they are
     seed: int = 0
     languages: tuple[str, ...] | None = None  # training languages; None: all of the pairs
@@ -65,6 +68,8 @@ class TrainingOptions:
         for name in ("steps", "validate_every", "patience", "checkpoint_every"):
             check_number(name, getattr(self, name), 1, whole=True)
         check_number("hard_negatives", self.hard_negatives, 0, whole=True)
+        for name in [name for name in ("query_length", "passage_length") if getattr(self, name) is not None]:
+            check_number(name, getattr(self, name), 3, whole=True)
         for name in ("learning_rate", "temperature", "clip"):
             check_number(name, getattr(self, name), 0, above=True)
         check_number("weight_decay", self.weight_decay, 0)
@@ -110,7 +115,8 @@ class CompactVocabulary:
 class TokenTable:
     "The tokens of every question, passage and hard negative of some pairs, by row."
 
-    def __init__(self, encoder: Encoder, pairs: ParallelPairs, hard_negatives: int = 0, progress: bool = True):
+    def __init__(self, encoder: Encoder, pairs: ParallelPairs, options: TrainingOptions, progress: bool = True):
+        lengths = {"query": options.query_length, "passage": options.passage_length}
         columns = {"query": pairs.table["query"], "passage": pairs.table["passage"]}
         self.tokens: dict[str, list] = {name: [None] * len(pairs) for name in columns}
         self.negatives: dict[int, list[np.ndarray]] = {}
@@ -118,13 +124,13 @@ class TokenTable:
             for name, texts in columns.items():
                 for start in range(0, len(pairs), 4096):
                     rows = [row for row, text in enumerate(texts[start : start + 4096], start) if text is not None]
-                    for row, tokens in zip(rows, encoder.tokenize([texts[row] for row in rows], name) if rows else []):
+                    for row, tokens in zip(rows, encoder.tokenize([texts[row] for row in rows], name, lengths[name]) if rows else []):
                         self.tokens[name][row] = tokens
                     bar.update(min(4096, len(pairs) - start))
-        if hard_negatives:
+        if options.hard_negatives:
             for row, texts in enumerate(pairs.table["negatives"]):
                 if texts:
-                    self.negatives[row] = encoder.tokenize(texts[:hard_negatives], "passage")
+                    self.negatives[row] = encoder.tokenize(texts[: options.hard_negatives], "passage", options.passage_length)
 
     def lists(self) -> list[np.ndarray]:
         "All token arrays."
@@ -146,7 +152,7 @@ class Towers(nn.Module):
         self.encoder = encoder
 
     def forward(self, token_lists: list[np.ndarray]) -> torch.Tensor:
-        return self.encoder.embed_tokens(token_lists)
+        return self.encoder.embed_tokens(token_lists, 4 * self.encoder.token_budget)  # each pass back makes a gradient of all word embeddings: few passes
 
 
 @dataclass
@@ -156,8 +162,8 @@ class TokenizedPairs:
     row_groups: np.ndarray  # the passage group of every row
 
     @classmethod
-    def from_pairs(cls, encoder: Encoder, pairs: ParallelPairs, hard_negatives: int = 0, progress: bool = True):
-        return cls(TokenTable(encoder, pairs, hard_negatives, progress), pairs.groups[pairs.id_of_row])
+    def from_pairs(cls, encoder: Encoder, pairs: ParallelPairs, options: TrainingOptions, progress: bool = True):
+        return cls(TokenTable(encoder, pairs, options, progress), pairs.groups[pairs.id_of_row])
 
 
 def batch_loss(towers: nn.Module, data: TokenizedPairs, batch: np.ndarray, options: TrainingOptions) -> torch.Tensor:
@@ -166,7 +172,7 @@ def batch_loss(towers: nn.Module, data: TokenizedPairs, batch: np.ndarray, optio
     texts = [tokens["query"][row] for row in batch[:, 0]] + [tokens["passage"][row] for row in batch[:, 1]]
     negatives = [(row, found) for row in batch[:, 1] for found in data.tokens.negatives.get(int(row), [])]
     vectors = towers(texts + [found for _, found in negatives])
-    groups = torch.from_numpy(data.row_groups[batch[:, 1]]).to(vectors.device)
+    groups = torch.from_numpy(data.row_groups[batch[:, 1]]).to(vectors.device) if options.unique_ids else None
     extra = dict(negatives=vectors[2 * size :], negative_groups=torch.full((len(negatives),), -1, device=vectors.device)) if negatives else {}
     return info_nce(vectors[:size], vectors[size : 2 * size], options.temperature, groups=groups, symmetric=options.symmetric, **extra)
 
@@ -302,8 +308,8 @@ class Trainer:
         if folder:
             claim_folder(folder, {"options": asdict(options), "pairs": pairs.fingerprint, "encoder": asdict(encoder.config), "weights": weights_hash(encoder)})
         torch.manual_seed(options.seed)
-        self.data = TokenizedPairs.from_pairs(encoder, training, options.hard_negatives, progress)
-        self.heldout_data = TokenizedPairs.from_pairs(encoder, heldout, options.hard_negatives, progress) if heldout else None
+        self.data = TokenizedPairs.from_pairs(encoder, training, options, progress)
+        self.heldout_data = TokenizedPairs.from_pairs(encoder, heldout, options, progress) if heldout else None
         tables = [data.tokens for data in (self.data, self.heldout_data) if data]
         self.vocabulary = CompactVocabulary(encoder, [tokens for table in tables for tokens in table.lists()]) if options.train_embeddings else None
         for table in tables if self.vocabulary else []:
@@ -327,7 +333,7 @@ class Trainer:
 def build_sampler(pairs: ParallelPairs, options: TrainingOptions, batch_size: int, seed: int) -> BatchSampler:
     "The sampler that the options describe."
     languages = list(options.languages) if options.languages else None
-    return BatchSampler(pairs, options.sampler, options.alpha, batch_size, languages, seed)
+    return BatchSampler(pairs, options.sampler, options.alpha, batch_size, languages, seed, unique_ids=options.unique_ids)
 
 
 def split_pairs(pairs: ParallelPairs, options: TrainingOptions) -> tuple[ParallelPairs, ParallelPairs | None]:
@@ -336,7 +342,8 @@ def split_pairs(pairs: ParallelPairs, options: TrainingOptions) -> tuple[Paralle
 
 
 def validation_batches(heldout: ParallelPairs, options: TrainingOptions, count: int = 8) -> list[np.ndarray]:
-    "`count` fixed batches of held-out pairs."
+    "`count` fixed batches of held-out pairs, never with an id twice."
+    options = replace(options, unique_ids=True)
     try:
         largest = min(part.largest_batch for part in build_sampler(heldout, options, 2, 0).sets)
     except ValueError as error:

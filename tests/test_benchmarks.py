@@ -4,15 +4,30 @@ import gzip
 import json
 import os
 import shutil
+import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from hybrid_ir.benchmarks import BENCHMARKS, Benchmark, count_languages, load_beir, load_benchmark
-from hybrid_ir.pairs import SAMPLE_LANGUAGES, load_pairs, sample_file
+import hybrid_ir.sources
+from hybrid_ir.benchmarks import (
+    BENCHMARKS,
+    MIRACL_FILES,
+    XM3600_LANGUAGES,
+    Benchmark,
+    benchmark_from_pairs,
+    count_languages,
+    load_beir,
+    load_benchmark,
+)
+from hybrid_ir.evaluation import evaluate
+from hybrid_ir.pairs import SAMPLE_LANGUAGES, ParallelPairs, load_pairs, sample_file
+from hybrid_ir.sources import DownloadError
 
+REGISTERED = ["sample", "xquad_r", "mlqa_r", "miracl", "miracl_pool", "xm3600"]
 CANDIDATES = {"ar": 1222, "de": 1276, "el": 1234, "en": 1180, "es": 1215, "hi": 1244, "ru": 1219, "th": 852, "tr": 1167, "vi": 1209, "zh": 1196}
 
 
@@ -155,7 +170,7 @@ def test_broken_files_are_named(tmp_path):
 
 
 def test_names_and_options_are_checked_first():
-    with pytest.raises(ValueError, match="unknown benchmark 'xquad'; valid: sample, xquad_r"):
+    with pytest.raises(ValueError, match="unknown benchmark 'xquad'; valid: " + ", ".join(REGISTERED)):
         load_benchmark("xquad")
     with pytest.raises(ValueError, match="unknown language 'fr'; valid: ar, de"):
         load_benchmark("xquad_r", languages=["de", "fr"])
@@ -163,6 +178,402 @@ def test_names_and_options_are_checked_first():
         load_benchmark("sample", split="test")
     with pytest.raises(ValueError, match="unknown language 'fr'"):
         load_benchmark("sample").select(["fr"])
+
+
+def test_each_name_has_its_own_options(tmp_path):
+    "Before a file is looked for: nothing exists at this path."
+    missing = tmp_path / "nothing"
+    for name in ("miracl", "miracl_pool", "xm3600"):
+        with pytest.raises(ValueError, match="context=True needs .*: sample, xquad_r, mlqa_r$"):
+            load_benchmark(name, path=missing, context=True)
+    for name in ("miracl", "miracl_pool"):
+        with pytest.raises(ValueError, match="unknown split of .* 'test'; valid: dev, train"):
+            load_benchmark(name, path=missing, split="test")
+        with pytest.raises(ValueError, match="unknown language 'el'; valid: ar, bn"):
+            load_benchmark(name, "el", path=missing)
+    for name in ("mlqa_r", "xm3600"):
+        with pytest.raises(ValueError, match=f"miracl, miracl_pool; {name} has one split"):
+            load_benchmark(name, path=missing, split="dev")
+    for name in REGISTERED:
+        with pytest.raises(ValueError, match="parallel_ids"):
+            load_benchmark(name, path=missing, parallel_ids=True)
+    with pytest.raises(ValueError, match="unknown language 'tl'"):
+        load_benchmark("xm3600", ["fil", "tl"], path=missing)
+    for name in REGISTERED[1:]:
+        with pytest.raises(FileNotFoundError, match=name):
+            load_benchmark(name, path=missing)
+
+
+def test_the_table_says_what_reports_quote(data_env):
+    assert list(BENCHMARKS) == REGISTERED
+    for name, entry in BENCHMARKS.items():
+        assert entry.license and entry.protocol and "\n" not in entry.protocol and len(set(entry.languages)) == len(entry.languages)
+    assert len(XM3600_LANGUAGES) == 36 and sum(MIRACL_FILES.values()) == 222 and len(MIRACL_FILES) == 18
+    for name, language in (("sample", "de"), ("xquad_r", "de"), ("mlqa_r", "de"), ("miracl", "yo"), ("miracl_pool", "de")):
+        info = load_benchmark(name, language).info
+        assert info["name"] == name and info["license"] == BENCHMARKS[name].license and info["protocol"] == BENCHMARKS[name].protocol
+        assert set(info["sha256"]) == {language}
+
+
+# MLQA-R
+
+
+def test_mlqa_r(data_env):
+    benchmark = load_benchmark("mlqa_r")
+    check_invariants(benchmark)
+    counts = count_languages(benchmark)
+    assert benchmark.languages == ["ar", "de", "en", "es", "hi", "vi", "zh"] and benchmark.tasks == ("mono", "cross", "multi")
+    assert counts.loc["queries"].tolist() == [517, 512, 1148, 500, 507, 511, 504]
+    assert counts.loc["passages"].tolist() == [2545, 2362, 6264, 1787, 2426, 2828, 2322] and len(benchmark.passages) == 20534
+    assert benchmark.info["sha256"] == BENCHMARKS["mlqa_r"].sha256
+    per_query = pd.DataFrame({
+        "query": benchmark.judgement_queries, "language": benchmark.passages["lang"].to_numpy()[benchmark.judgement_passages]
+    }).drop_duplicates().groupby("query").size()
+    assert per_query.min() == 2 and per_query.max() == 4
+    context = load_benchmark("mlqa_r", "es", context=True)
+    plain = benchmark.select("es")
+    assert context.info["context"] and context.passages["id"].equals(plain.passages["id"])
+    assert all(long.startswith(short + " ") for short, long in zip(plain.passages["text"], context.passages["text"]))
+
+
+# MIRACL
+
+
+def write_miracl(folder: Path, lang="zh", topics="q1\tcomet?\nq2\tmoss?\n", qrels="q1\tQ0\td0#0\t1\nq2\tQ0\td1#0\t0\nq2\tQ0\td9#0\t1\n", split="dev"):
+    "A corpus with the official number of files and one passage in each, `d<number of the file>#0`."
+    base = folder / "miracl" / f"miracl-v1.0-{lang}"
+    for kind, text in (("topics", topics), ("qrels", qrels)):
+        (base / kind).mkdir(parents=True, exist_ok=True)
+        (base / kind / f"{kind}.miracl-v1.0-{lang}-{split}.tsv").write_text(text, encoding="utf-8")
+    corpus = folder / "miracl" / f"miracl-corpus-v1.0-{lang}"
+    corpus.mkdir(exist_ok=True)
+    for number in range(MIRACL_FILES[lang]):
+        with gzip.open(corpus / f"docs-{number}.jsonl.gz", "wt", encoding="utf-8") as file:
+            file.write(json.dumps({"docid": f"d{number}#0", "title": f"Title {number}", "text": "some text"}) + "\n")
+    return corpus
+
+
+def test_miracl_yoruba(data_env):
+    benchmark = load_benchmark("miracl")  # the only one whose corpus is there
+    check_invariants(benchmark)
+    assert benchmark.languages == ["yo"] and benchmark.tasks == ("mono",)
+    assert len(benchmark.passages) == 49043 and len(benchmark.queries) == 119 and len(benchmark.judgement_grades) == 144
+    first = benchmark.passages.iloc[1]
+    assert first["id"] == "598#1" and first["text"].startswith("A a (1A) kan")  # title, space, text
+    assert benchmark.info["splits"] == {"yo": "dev"} and len(benchmark.info["sha256"]["yo"]) == 3
+    for place in (data_env, data_env / "miracl"):
+        assert load_benchmark("miracl", "yo", path=place).fingerprint == benchmark.fingerprint
+
+
+def test_miracl_files_in_numeric_order(tmp_path):
+    write_miracl(tmp_path, "ja", qrels="q1\tQ0\td10#0\t1\n")
+    benchmark = load_benchmark("miracl", path=tmp_path)
+    check_invariants(benchmark)
+    assert benchmark.passages["id"].tolist() == [f"d{number}#0" for number in range(14)]
+    assert benchmark.passages["text"][10] == "Title 10 some text" and benchmark.judgement_passages.tolist() == [10]
+
+
+def test_miracl_languages_and_splits(tmp_path, monkeypatch):
+    write_miracl(tmp_path, "zh")
+    write_miracl(tmp_path, "fi", topics="q1\tjää?\n", qrels="q1\tQ0\td3#0\t1\n")
+    write_miracl(tmp_path, "fi", topics="t1\tlumi?\n", qrels="t1\tQ0\td0#0\t1\n", split="train")
+    monkeypatch.setenv("HYBRID_IR_DATA", str(tmp_path))
+    both = load_benchmark("miracl")
+    check_invariants(both)
+    assert both.languages == ["fi", "zh"] and both.tasks == ("mono", "multi")
+    assert both.select("zh").tasks == ("mono",) and both.select(["fi", "zh"]).tasks == ("mono", "multi")
+    # the judgement of grade 0 does not count, and no judgement leaves its language although the ids are the same
+    judged = zip(both.judgement_queries.tolist(), both.judgement_passages.tolist())
+    assert list(judged) == [(0, 3), (1, 4 + 0), (2, 4 + 9)]
+    assert load_benchmark("miracl", "fi", split="train").queries["id"].tolist() == ["t1"]
+    with pytest.raises(FileNotFoundError, match="topics.miracl-v1.0-zh-train.tsv"):
+        load_benchmark("miracl", "zh", split="train", path=tmp_path)
+
+
+def test_miracl_missing_files(tmp_path, monkeypatch):
+    corpus = write_miracl(tmp_path, "zh")
+    (corpus / "docs-7.jsonl.gz").unlink()
+    with pytest.raises(FileNotFoundError, match="miracl-corpus-v1.0-zh/docs-7.jsonl.gz"):
+        load_benchmark("miracl", path=tmp_path)
+    (tmp_path / "miracl" / "miracl-v1.0-zh" / "qrels" / "qrels.miracl-v1.0-zh-dev.tsv").unlink()
+    with pytest.raises(FileNotFoundError, match="qrels.miracl-v1.0-zh-dev.tsv.*gated"):
+        load_benchmark("miracl", path=tmp_path)
+    with pytest.raises(FileNotFoundError, match="name its language: ar, bn"):
+        load_benchmark("miracl", path=tmp_path / "miracl" / "miracl-v1.0-zh")
+    monkeypatch.setenv("HYBRID_IR_DATA", str(tmp_path / "nothing"))
+    with pytest.raises(FileNotFoundError, match="name its language: ar, bn"):
+        load_benchmark("miracl")
+
+
+def test_miracl_gated_download(tmp_path, monkeypatch):
+    asked = []
+
+    def refuse(url, target, **options):
+        asked.append(url)
+        raise DownloadError(f"{url}: the server answered 401 Unauthorized")
+
+    monkeypatch.setattr(hybrid_ir.sources, "download", refuse)
+    monkeypatch.setenv("HYBRID_IR_DATA", str(tmp_path))
+    with pytest.raises(FileNotFoundError) as caught:
+        load_benchmark("miracl", "sw")
+    hub = "https://huggingface.co/datasets/miracl/"
+    assert asked == [hub + "miracl/resolve/main/miracl-v1.0-sw/topics/topics.miracl-v1.0-sw-dev.tsv"]
+    for part in ("401 Unauthorized", "gated", "accept the terms", "hf download --repo-type dataset miracl/miracl", "HYBRID_IR_DATA"):
+        assert part in str(caught.value)
+    write_miracl(tmp_path, "sw")
+    shutil.rmtree(tmp_path / "miracl" / "miracl-corpus-v1.0-sw")
+    asked.clear()
+    with pytest.raises(FileNotFoundError) as caught:  # the corpus is public
+        load_benchmark("miracl", "sw")
+    assert asked == [hub + "miracl-corpus/resolve/main/miracl-corpus-v1.0-sw/docs-0.jsonl.gz"] and "accept the terms" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "broken, message",
+    [
+        ({"topics": "q1\tcomet?\nq2 moss?\n"}, "topics.miracl-v1.0-sw-dev.tsv line 2: expected query id and query, separated by a tab"),
+        ({"topics": "q1\t \n"}, "dev.tsv line 1: expected query id and query"),
+        ({"topics": "q1\ta\nq1\tb\n"}, "dev.tsv line 2: query id 'q1' was already used in line 1"),
+        ({"qrels": "q1\tQ0\td0#0\t1\nq1\tQ0\td7#7\t0\n"}, "qrels.miracl-v1.0-sw-dev.tsv line 2: passage 'd7#7' does not exist"),
+        ({"qrels": "q7\tQ0\td0#0\t1\n"}, "dev.tsv line 1: query 'q7' does not exist"),
+        ({"qrels": "q1\tQ0\td0#0\tyes\n"}, "dev.tsv line 1: expected query id, passage id and a whole number"),
+    ],
+)
+def test_miracl_broken_tables(tmp_path, broken, message):
+    write_miracl(tmp_path, "sw", **{"qrels": "q1\tQ0\td0#0\t1\n", **broken})
+    with pytest.raises(ValueError, match=message):
+        load_benchmark("miracl", path=tmp_path)
+
+
+def test_miracl_broken_corpus(tmp_path):
+    corpus = write_miracl(tmp_path, "te", qrels="q1\tQ0\td0#0\t1\n")
+    whole = gzip.compress(b"".join(json.dumps({"docid": f"x{n}", "title": "", "text": os.urandom(50).hex()}).encode() + b"\n" for n in range(200)))
+    for content, message in (
+        (whole[:-3000], "docs-1.jsonl.gz: the compressed file is broken after line"),
+        (gzip.compress(b'{"docid": "x", "title": "T", "te'), "docs-1.jsonl.gz line 1: not valid JSON"),
+        (gzip.compress(b'{"_id": "x", "text": "y"}'), "docs-1.jsonl.gz line 1: expected an object with docid and text"),
+        (gzip.compress(b'{"docid": "d0#0", "text": "y"}'), "passage id 'd0#0' occurs twice in te"),
+    ):
+        (corpus / "docs-1.jsonl.gz").write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            load_benchmark("miracl", path=tmp_path)
+
+
+def test_miracl_pool(data_env):
+    benchmark = load_benchmark("miracl_pool")
+    check_invariants(benchmark)
+    assert benchmark.name == "miracl_pool" and benchmark.languages == sorted(MIRACL_FILES)
+    assert len(benchmark.passages) == 83280 and benchmark.tasks == ("mono", "multi")
+    assert set(benchmark.info["splits"].values()) == {"dev"}
+    counts = count_languages(benchmark)
+    assert counts.loc["queries", "de"] == 19 and counts.loc["passages", "yo"] == 2647 and counts.loc["judgements", "yo"] == 56
+    german = load_beir(data_env / "miracl_pool" / "de", languages="de")
+    assert german.fingerprint == benchmark.select("de").fingerprint and german.tasks == ("mono",)
+    assert load_benchmark(data_env / "miracl_pool", ["de", "yo"]).tasks == ("mono",)  # a folder of one's own: no pool unless judged
+    assert benchmark.select(["de", "yo"]).tasks == ("mono", "multi")
+    for place in (data_env, data_env / "miracl_pool"):
+        assert load_benchmark("miracl_pool", "de", path=place).fingerprint == german.fingerprint
+    assert load_benchmark("miracl_pool", "sw", split="train").fingerprint != benchmark.select("sw").fingerprint
+    with pytest.raises(ValueError, match="unknown split 'train'; valid: dev"):
+        load_benchmark("miracl_pool", "de", split="train")
+
+
+def test_miracl_pool_missing(tmp_path, monkeypatch):
+    monkeypatch.setenv("HYBRID_IR_DATA", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="miracl_pool: no such folder .*no public address"):
+        load_benchmark("miracl_pool")
+
+
+# XM3600
+
+
+IMAGES = [
+    {"image/key": "k1", "image/locale": "de", "de": {"caption": ["ein Hund", "der Hund", "noch ein Hund"], "caption/tokenized": ["ein Hund"]},
+     "quz": {"caption": ["allqu", "huk allqu"]}, "bn": {"caption": ["কুকুর"]}},
+    {"image/key": "k2", "de": {"caption": ["zwei Stühle"]}, "quz": {"caption": ["tiyana", "iskay tiyana"]}, "bn": {"caption": ["চেয়ার"]}},
+    {"image/key": "k3", "de": {"caption": ["", "das Meer", " ", "am Meer"]}, "quz": {"caption": []}, "bn": {"caption": ["সমুদ্র"]}},
+]
+
+
+def write_captions(folder: Path, images=IMAGES, name="captions.jsonl", tail="") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(image, ensure_ascii=False) + "\n" for image in images) + tail
+    path = folder / name
+    if name.endswith(".zip"):
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("captions.jsonl", text)
+    elif name.endswith(".gz"):
+        path.write_bytes(gzip.compress(text.encode("utf-8")))
+    else:
+        path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("name", ["captions.jsonl", "captions.jsonl.gz", "captions.zip"])
+def test_caption_protocol(tmp_path, monkeypatch, name):
+    path = write_captions(tmp_path / "xm3600", name=name)
+    monkeypatch.setenv("HYBRID_IR_DATA", str(tmp_path))
+    benchmark = load_benchmark("xm3600")
+    check_invariants(benchmark)
+    assert benchmark.languages == ["bn", "de", "quz"] and benchmark.tasks == ("mono", "cross", "multi")
+    # first captions ask; empty captions are skipped, so the second of k3 in German is its fourth
+    asked = [tuple(row) for row in benchmark.queries[["lang", "id", "text"]].itertuples(index=False)]
+    assert asked == [
+        ("bn", "k1", "কুকুর"), ("bn", "k2", "চেয়ার"), ("bn", "k3", "সমুদ্র"), ("de", "k1", "ein Hund"), ("de", "k2", "zwei Stühle"),
+        ("de", "k3", "das Meer"), ("quz", "k1", "allqu"), ("quz", "k2", "tiyana"),
+    ]
+    found = [tuple(row) for row in benchmark.passages[["id", "text"]].itertuples(index=False)]
+    assert found == [("de/k1", "der Hund"), ("de/k3", "am Meer"), ("quz/k1", "huk allqu"), ("quz/k2", "iskay tiyana")]
+    judged = {(*asked[query][:2], found[passage][0]) for query, passage in zip(benchmark.judgement_queries, benchmark.judgement_passages)}
+    assert judged == {(lang, key, passage) for lang, key, _ in asked for passage, _ in found if passage.endswith(key)}
+    assert benchmark.info["sha256"] == hybrid_ir.sources.file_sha256(path) and benchmark.info["file"] == name
+    for place in (path, path.parent, tmp_path):
+        assert load_benchmark("xm3600", path=place).fingerprint == benchmark.fingerprint
+    part = load_benchmark("xm3600", ["quz", "bn"])
+    assert part.fingerprint == benchmark.select(["bn", "quz"]).fingerprint and len(part.passages) == 2
+
+
+def test_language_with_queries_only(tmp_path):
+    benchmark = load_benchmark("xm3600", path=write_captions(tmp_path))
+    assert benchmark.passage_slices["bn"] == slice(0, 0) and count_languages(benchmark)["bn"].tolist() == [3, 0, 4]
+    assert "bn" in benchmark._repr_html_()
+    pair = benchmark.select(["bn", "quz"])
+    check_invariants(pair)
+    assert pair.tasks == ("mono", "cross", "multi") and len(pair.judgement_queries) == 4
+    with pytest.raises(ValueError, match="no judgement says that a passage is relevant"):
+        benchmark.select("bn")
+    with pytest.raises(ValueError, match="no image has a second caption in bn"):
+        load_benchmark("xm3600", "bn", path=tmp_path)
+
+    def encoder(texts, kind):  # each text its own direction
+        return np.stack([np.random.default_rng(list(text.encode())).standard_normal(8) for text in texts])
+
+    scores = evaluate(encoder, benchmark, progress=False, device="cpu")
+    table = scores.by_language("map")
+    assert np.isnan(table.loc["bn"].get("bn", np.nan)) and table.loc["bn", ["de", "quz", "multi"]].notna().all()
+    assert set(scores.per_query.loc[scores.per_query["task"] == "mono", "query_language"]) == {"de", "quz"}
+
+
+def test_xm3600(data_env):
+    started = time.perf_counter()
+    benchmark = load_benchmark("xm3600")
+    assert time.perf_counter() - started < 30  # about 3 on an idle machine
+    check_invariants(benchmark)
+    counts = count_languages(benchmark)
+    assert set(XM3600_LANGUAGES) - set(benchmark.languages) == {"he", "hi", "ru"} and len(benchmark.languages) == 33
+    assert (counts.loc["queries"] == 3600).all() and (counts.loc["judgements"] == 112051).all()
+    assert counts.loc["passages"].sum() == 112051 and (counts.loc["passages"] == 3600).sum() == 19
+    assert counts.loc["passages", ["bn", "mi", "sv", "sw"]].tolist() == [0, 1117, 3599, 3446]
+    with pytest.raises(ValueError, match="captions.jsonl has no captions in he, ru; it has ar, bn, .*quz, ro, sv"):
+        load_benchmark("xm3600", ["de", "he", "ru"])
+
+
+@pytest.mark.parametrize(
+    "image, message",
+    [
+        ({"image/key": "k1", "de": {"caption": ["x", "y"]}}, "line 4: image 'k1' was already described in line 1"),
+        ({"image/key": "k4"}, "line 4: image 'k4' has no caption in any language"),
+        ({"image/key": "k4", "de": {"caption": []}, "quz": {}}, "line 4: image 'k4' has no caption in any language"),
+        ({"image/key": "k4", "de": {"caption": ["", " "]}}, "line 4: image 'k4' has no caption in any language"),
+        ({"image/key": "k4", "de": {"caption": ["x", 7]}}, "line 4: image 'k4' in de has a caption that is not a string: 7"),
+        ({"image/key": "k4", "de": {"caption": ["x", None]}}, "line 4: image 'k4' in de has a caption that is not a string: None"),
+        ({"image/key": "k4", "de": {"caption": "x"}}, "line 4: image 'k4' in de: expected an object with a list of captions"),
+        ({"image/key": "k4", "de": ["x", "y"]}, "line 4: image 'k4' in de: expected an object with a list of captions"),
+        ({"image/key": "k4", "tl": {"caption": ["x", "y"]}}, "line 4: image 'k4' has captions in 'tl', which is not a language of XM3600"),
+        ({"image/key": 4, "de": {"caption": ["x"]}}, "line 4: expected an object with image/key and captions"),
+        (["k4"], "line 4: expected an object with image/key and captions"),
+    ],
+)
+def test_bad_captions(tmp_path, image, message):
+    path = write_captions(tmp_path, [*IMAGES, image])
+    with pytest.raises(ValueError, match=message) as caught:
+        load_benchmark("xm3600", path=path)
+    assert str(path) in str(caught.value)
+
+
+def test_broken_caption_files(tmp_path):
+    path = write_captions(tmp_path / "cut", tail='{"image/key": "k4", "de": {"capt')
+    with pytest.raises(ValueError, match="captions.jsonl line 4: not valid JSON"):
+        load_benchmark("xm3600", path=path)
+    path = write_captions(tmp_path / "cutzip", name="captions.zip", tail='{"image/key": "k4", "de": {"capt')
+    with pytest.raises(ValueError, match="captions.zip, captions.jsonl line 4: not valid JSON"):
+        load_benchmark("xm3600", path=path)
+    path = write_captions(tmp_path / "gz", name="captions.jsonl.gz")
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(ValueError, match="captions.jsonl.gz: the compressed file is broken"):
+        load_benchmark("xm3600", path=path)
+    path = write_captions(tmp_path / "zip", name="captions.zip")
+    whole = path.read_bytes()
+    for content in (whole[:-30], b"<html>not here</html>", b""):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="captions.zip: not a zip file that can be read"):
+            load_benchmark("xm3600", path=path)
+    damaged = bytearray(whole)
+    damaged[60:80] = bytes(20)  # inside the compressed captions
+    path.write_bytes(damaged)
+    with pytest.raises(ValueError, match="captions.zip"):
+        load_benchmark("xm3600", path=path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("images/k1.jpg", b"")
+    with pytest.raises(ValueError, match="captions.zip: no captions.jsonl in this zip file, it has images/k1.jpg"):
+        load_benchmark("xm3600", path=path)
+    with pytest.raises(ValueError, match="captions.jsonl: no image in it"):
+        load_benchmark("xm3600", path=write_captions(tmp_path / "empty", []))
+
+
+def test_captions_are_downloaded_as_zip(tmp_path, monkeypatch):
+    asked = []
+
+    def fetch(url, target, **options):
+        asked.append((url, options["sha256"]))
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        return write_captions(Path(target).parent, name=Path(target).name)
+
+    monkeypatch.setattr(hybrid_ir.sources, "download", fetch)
+    monkeypatch.setenv("HYBRID_IR_DATA", str(tmp_path))
+    monkeypatch.setenv("HYBRID_IR_CACHE", str(tmp_path / "cache"))
+    first = load_benchmark("xm3600")
+    assert asked == [("https://google.github.io/crossmodal-3600/web-data/captions.zip", None)]
+    assert load_benchmark("xm3600").fingerprint == first.fingerprint and len(asked) == 1  # from the cache
+    with pytest.raises(FileNotFoundError, match="none of captions.jsonl, captions.jsonl.gz, captions.zip"):
+        load_benchmark("xm3600", path=tmp_path)
+
+
+# held-out pairs
+
+
+def test_benchmark_from_pairs():
+    pairs = ParallelPairs.from_records([
+        {"id": "1", "query": {"de": "Frage 1", "en": "question 1"}, "passage": {"de": "gleich", "en": "passage 1"}},
+        {"id": "2", "query": {"en": "question 2"}, "passage": {"de": "gleich", "tr": "metin 2"}},
+        {"id": "3", "query": {"tr": "soru 3"}, "passage": {"en": "gleich"}},  # the same text in another language is another candidate
+    ])
+    benchmark = benchmark_from_pairs(pairs, name="mine")
+    check_invariants(benchmark)
+    assert benchmark.name == "mine" and benchmark.tasks == ("mono", "cross", "multi")
+    passages = dict(zip(benchmark.passages["id"], benchmark.passages["text"]))
+    assert passages == {"de/1": "gleich", "en/1": "passage 1", "en/3": "gleich", "tr/2": "metin 2"}
+    judged = {
+        (*benchmark.queries.loc[query, ["id", "lang"]], benchmark.passages.loc[passage, "id"])
+        for query, passage in zip(benchmark.judgement_queries, benchmark.judgement_passages)
+    }
+    assert judged == {
+        ("1", "de", "de/1"), ("1", "de", "en/1"), ("1", "en", "de/1"), ("1", "en", "en/1"),
+        ("2", "en", "de/1"), ("2", "en", "tr/2"), ("3", "tr", "en/3"),
+    }
+    assert benchmark.info["fingerprint"] == pairs.fingerprint
+
+
+def test_benchmark_from_selected_and_joined_pairs():
+    sample = load_pairs("sample", split="heldout")
+    part = benchmark_from_pairs(sample.select(["de", "th"], ids=[3, 5]))
+    check_invariants(part)
+    assert part.name == "sample" and part.languages == ["de", "th"] and len(part.queries) == 4 and len(part.judgement_queries) == 8
+    assert set(part.queries["id"]) == set(sample.ids[[3, 5]])
+    other = ParallelPairs.from_records([{"id": sample.ids[0], "query": {"de": "Frage"}, "passage": {"de": "Text"}}], name="other")
+    joined = benchmark_from_pairs(ParallelPairs.concat([sample, other]))  # an id of both sets
+    check_invariants(joined)
+    assert len(joined.queries) == 48 * 11 + 1 and {f"sample/{sample.ids[0]}", f"other/{sample.ids[0]}"} <= set(joined.queries["id"])
 
 
 # BEIR folders
@@ -298,17 +709,6 @@ def test_other_broken_folders(tmp_path):
     shutil.rmtree(tmp_path / "qrels")
     with pytest.raises(FileNotFoundError, match="qrels"):
         load_benchmark(tmp_path)
-
-
-def test_miracl_pool(data_folder):
-    benchmark = load_benchmark(data_folder / "miracl_pool")
-    check_invariants(benchmark)
-    assert len(benchmark.passages) == 83280 and len(benchmark.languages) == 18 and benchmark.tasks == ("mono",)
-    assert set(benchmark.info["splits"].values()) == {"dev"}
-    counts = count_languages(benchmark)
-    assert counts.loc["queries", "de"] == 19 and counts.loc["passages", "yo"] == 2647 and counts.loc["judgements", "yo"] == 56
-    german = load_beir(data_folder / "miracl_pool" / "de", languages="de")
-    assert german.fingerprint == benchmark.select("de").fingerprint
 
 
 # the class itself

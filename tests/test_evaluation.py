@@ -11,7 +11,14 @@ import torch
 
 from hybrid_ir import metrics, retrieval
 from hybrid_ir.benchmarks import Benchmark, load_benchmark
-from hybrid_ir.evaluation import Scores, embed, evaluate, score_embeddings
+from hybrid_ir.evaluation import (
+    Scores,
+    compare,
+    compare_gap,
+    embed,
+    evaluate,
+    score_embeddings,
+)
 
 IR_NAMES = {"map": "AP", "mrr@10": "RR@10", "ndcg@10": "nDCG@10", "recall@1": "R@1", "recall@10": "R@10", "recall@100": "R@100"}
 
@@ -33,6 +40,24 @@ def small_benchmark(n_ids=12, languages=("de", "en", "hi"), extra=30, seed=0):
     return Benchmark(
         "small", pd.DataFrame(passages, columns=["id", "lang", "text"]), pd.DataFrame(queries, columns=["id", "lang", "text"]),
         pd.DataFrame(judgements, columns=["query", "passage", "grade"]))  # fmt: skip
+
+
+def parallel_benchmark(n_ids=20, languages=("de", "en", "hi"), extra=10, without_passages=()):
+    "Each question has one answer in every language, but for languages that have queries only."
+    passages = [(str(n), language, f"answer {n} {language}") for language in languages if language not in without_passages for n in range(n_ids + extra)]
+    queries = [(f"Q{n}", language, f"question {n} {language}") for language in languages for n in range(n_ids)]
+    judgements = [(q, p, 1) for q, query in enumerate(queries) for p, passage in enumerate(passages) if passage[0] == query[0][1:]]
+    tables = (pd.DataFrame(rows, columns=["id", "lang", "text"]) for rows in (passages, queries))
+    return Benchmark("parallel", *tables, pd.DataFrame(judgements, columns=["query", "passage", "grade"]))
+
+
+def noisy(weight, seed=0):
+    "An encoder that knows the number of a text, hidden in noise, so that its quality can be chosen."
+    def encoder(texts, kind):
+        numbers = np.eye(40)[[int(text.split()[1].split(".")[0][-2:].lstrip("x")) for text in texts]]
+        return weight * numbers + random_vectors([f"{seed} {text}" for text in texts], kind, 40) / 6
+
+    return encoder
 
 
 def small_vectors(texts, kind):
@@ -164,21 +189,137 @@ def test_gap_is_over_the_same_queries():
     assert scores.gap("map").value == pytest.approx(np.mean([np.mean(values) for values in gaps.values()]), abs=1e-6)
 
 
+def macro(table, columns):
+    "Average over query languages of the averages over their rows."
+    return table.groupby(["task", "query_language"], observed=True)[columns].mean().groupby("task", observed=True).mean()
+
+
+def test_by_query_averages_to_the_cells_and_the_summary():
+    "A benchmark with holes: rows of a query language average to the mean of its cells. Without holes they average to the summary."
+    holes, complete = (evaluate(random_vectors, benchmark, progress=False) for benchmark in (small_benchmark(), parallel_benchmark()))
+    assert holes.cells.query("task == 'cross'").groupby("query_language")["n_queries"].nunique().max() > 1
+    for scores in (holes, complete):
+        table = scores.by_query
+        assert list(table.columns) == ["query_id", "query_language", "task", *scores.measures, *scores.bias().columns[:-1]]
+        assert not table.duplicated(["query_id", "query_language", "task"]).any() and table[table["task"] != "multi"]["rank_distance"].isna().all()
+        got = table.groupby(["task", "query_language"], observed=True)[scores.measures].mean()
+        expected = scores.cells.groupby(["task", "query_language"])[scores.measures].mean()
+        assert len(got) == 9 and np.allclose(got, expected.loc[[(str(task), str(language)) for task, language in got.index]], atol=1e-6)
+    assert np.allclose(macro(complete.by_query, complete.measures), complete.summary(), atol=1e-6)
+    cross = complete.per_query[complete.per_query["task"] == "cross"].groupby(["query_language", "query_id"], observed=True)["map"].mean()
+    assert np.allclose(complete.by_query.query("task == 'cross'")["map"], cross, atol=1e-6)
+    plain = holes.per_query[holes.per_query["task"] == "cross"].groupby(["query_language", "query_id"], observed=True)["map"].mean()
+    assert not np.allclose(holes.by_query.query("task == 'cross'")["map"], plain, atol=1e-3)
+
+
 def test_save_and_load(tmp_path):
     scores = evaluate(small_vectors, small_benchmark(), progress=False)
     scores.save(tmp_path / "new" / "run")
     loaded = Scores.load(tmp_path / "new" / "run")
     assert json.dumps(loaded.to_dict()) == json.dumps(scores.to_dict())
-    pd.testing.assert_frame_equal(loaded.per_query, scores.per_query)
-    pd.testing.assert_frame_equal(loaded.summary(), scores.summary())
-    pd.testing.assert_frame_equal(loaded.bias(), scores.bias())
-    pd.testing.assert_frame_equal(loaded.by_language("ndcg@10"), scores.by_language("ndcg@10"))
+    pd.testing.assert_frame_equal(loaded.summary(), scores.summary(), rtol=0, atol=1e-5)
+    pd.testing.assert_frame_equal(loaded.bias(), scores.bias(), rtol=0, atol=1e-5)
+    pd.testing.assert_frame_equal(loaded.by_language("ndcg@10"), scores.by_language("ndcg@10"), rtol=0, atol=1e-5)
+    pd.testing.assert_frame_equal(loaded.intervals(), scores.intervals())
     assert loaded._repr_html_() == scores._repr_html_() and loaded._repr_markdown_() == scores._repr_markdown_()
     assert sorted(path.name for path in (tmp_path / "new" / "run").iterdir()) == ["metrics.json", "per_query.parquet"]
+    loaded.save(tmp_path / "again")
+    for name in ("metrics.json", "per_query.parquet"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "new" / "run" / name).read_bytes()
     (tmp_path / "new" / "run" / "per_query.parquet").unlink()
-    assert Scores.load(tmp_path / "new" / "run").summary().equals(loaded.summary())
+    means = Scores.load(tmp_path / "new" / "run")
+    assert means.summary().equals(loaded.summary()) and means.by_query is None
+    with pytest.raises(ValueError, match="averages only"):
+        compare(means, loaded)
     with pytest.raises(ValueError, match="format"):
         Scores.from_dict({})
+
+
+def test_saved_rows_are_by_query_and_rounded(tmp_path, monkeypatch):
+    scores = evaluate(small_vectors, small_benchmark(), progress=False)
+    loaded, bias = Scores.load(scores.save(tmp_path / "all")), ["rank_distance", "normalized_rank_distance", "same_language_share@10"]
+    assert loaded.per_query is None
+    names = ["query_id", "query_language", "task", *scores.measures, *bias]
+    pd.testing.assert_frame_equal(loaded.by_query, scores.by_query[names], rtol=0.006, atol=6e-4, check_categorical=False)
+    assert loaded.by_query["map"].round(3).nunique() == loaded.by_query["map"].nunique() < scores.by_query["map"].nunique()
+    chosen = Scores.load(scores.save(tmp_path / "chosen", keep=["recall@100", "map"])).by_query
+    assert list(chosen.columns) == ["query_id", "query_language", "task", "map", "recall@100", *bias]
+    with pytest.raises(ValueError, match="unknown measure 'mapp'; valid: map, mrr@10"):
+        scores.save(tmp_path / "wrong", keep="mapp")
+    monkeypatch.setattr("hybrid_ir.evaluation.SMALL_TABLE", 10)
+    assert list(Scores.load(scores.save(tmp_path / "large")).by_query.columns) == ["query_id", "query_language", "task", "map", *bias]
+
+
+def test_size_on_disk(tmp_path):
+    "1,000 questions in 10 languages: 30,000 rows."
+    random = np.random.default_rng(0)
+    columns = [pd.Categorical(values) for values in (np.tile([f"{n:016x}" for n in range(1000)], 30), np.repeat(list("abcdefghij") * 3, 1000), np.repeat(["mono", "cross", "multi"], 10_000))]
+    table = pd.DataFrame(dict(zip(["query_id", "query_language", "task"], columns)) | {"map": random.random(30_000), "rank_distance": random.exponential(5000, 30_000)})
+    cells = pd.DataFrame([("mono", a, a, 1000, 0.5) for a in "abcdefghij"], columns=["task", "query_language", "passage_language", "n_queries", "map"])
+    info = {"benchmark": "large", "languages": list("abcdefghij"), "tasks": ["mono"], "measures": ["map"]}
+    averages = pd.DataFrame(columns=["task", "measure", "value", "low", "high"])
+    folder = Scores(info, cells, saved_by_query=table, saved_estimates=averages).save(tmp_path)
+    assert (folder / "per_query.parquet").stat().st_size < 30_000 * 3.5
+    assert Scores.load(folder).by_query["map"].mean() == pytest.approx(table["map"].mean(), abs=1e-5)
+
+
+@pytest.mark.parametrize("benchmark", [parallel_benchmark(), small_benchmark()])
+@pytest.mark.parametrize("task", ["mono", "cross", "multi", "gap"])
+def test_comparison_is_of_the_macro_averages(benchmark, task, tmp_path):
+    first, second = (Scores.load(evaluate(noisy(weight), benchmark, progress=False).save(tmp_path / str(weight))) for weight in (0.8, 0.4))
+    table = compare(first, second, task=task, by_language=True, flips=999)
+    assert list(table.index) == ["macro", "de", "en", "hi"] and np.isnan(table.loc["macro", "p_holm"])
+    for name, scores in (("first", first), ("second", second)):
+        rows = scores.by_query.set_index(["query_language", "query_id"])
+        if task == "gap":
+            expected = (rows[rows["task"] == "mono"]["map"] - rows[rows["task"] == "cross"]["map"]).dropna().groupby("query_language", observed=True).mean()
+        else:
+            expected = rows[rows["task"] == task].groupby("query_language", observed=True)["map"].mean()
+        assert np.allclose(table[name], [expected.mean(), *expected], atol=1e-6)
+    assert np.allclose(table["difference"], table["first"] - table["second"]) and (table["low"] <= table["difference"]).all() and (table["difference"] <= table["high"]).all()
+    assert np.allclose(table["p_holm"].iloc[1:], metrics.holm(table["p"].iloc[1:])) and (table["p"] > 0).all()
+    if task != "gap":
+        assert table.loc["macro", "p"] < 0.05 and table.loc["macro", "low"] > 0
+    else:
+        pd.testing.assert_frame_equal(table, compare_gap(first, second, by_language=True, flips=999))
+
+
+def test_comparison_with_itself_and_of_bias():
+    benchmark = parallel_benchmark()
+    first, second = (evaluate(noisy(weight), benchmark, progress=False) for weight in (0.8, 0.2))
+    assert compare(first, first).loc["macro", ["difference", "low", "high", "p"]].tolist() == [0, 0, 0, 1]
+    for name in ("rank_distance", "normalized_rank_distance", "same_language_share@10"):
+        row = compare(first, second, name, task="multi", flips=999).loc["macro"]
+        assert row["first"] == pytest.approx(first.bias().loc["macro", name], rel=1e-5) and row["n_ids"] == 20
+    assert compare(first, second, "rank_distance", task="multi").loc["macro", "high"] < 0
+
+
+def test_seeds_are_averaged_by_query():
+    seeds = [evaluate(noisy(0.4, seed), parallel_benchmark(), progress=False) for seed in range(3)]
+    other = evaluate(noisy(0.8), parallel_benchmark(), progress=False)
+    together = compare(seeds, [other], flips=999).loc["macro"]
+    assert together["first"] == pytest.approx(np.mean([scores.summary().loc["mono", "map"] for scores in seeds]), abs=1e-6)
+    assert together["difference"] == pytest.approx(np.mean([compare(scores, other, flips=9).loc["macro", "difference"] for scores in seeds]))
+    assert together["n_ids"] == 20
+
+
+def test_what_cannot_be_compared():
+    scores = evaluate(random_vectors, parallel_benchmark(), progress=False)
+    fewer = evaluate(random_vectors, parallel_benchmark(languages=("de", "en")), progress=False)
+    with pytest.raises(ValueError, match="languages differs"):
+        compare(scores, fewer)
+    with pytest.raises(ValueError, match="benchmark differs, parallel and small"):
+        compare([scores, scores], [scores, evaluate(random_vectors, small_benchmark(), progress=False)])
+    renamed = Scores(scores.info, scores.cells, saved_by_query=scores.by_query.assign(query_id=scores.by_query["query_id"].cat.rename_categories({"Q3": "R3"})))
+    with pytest.raises(ValueError, match="only, for instance .3 in de"):
+        compare(scores, renamed)
+    for options, message in (
+        ({"measure": "mapp"}, "unknown measure of the task mono 'mapp'; valid: map"), ({"measure": "rank_distance"}, "unknown measure of the task mono"),
+        ({"task": "pool"}, "unknown task 'pool'; valid: mono, cross, multi, gap"), ({"task": "gap", "measure": "rank_distance"}, "task gap")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            compare(scores, scores, **options)
+    with pytest.raises(ValueError, match="empty list"):
+        compare(scores, [])
 
 
 def test_shows_itself():
@@ -219,6 +360,20 @@ def test_a_language_with_queries_only():
     assert list(table.index) == ["de", "en", "hi"] and list(table.columns) == ["de", "en", "multi"]
     assert scores.bias().loc["hi", "expected_share"] == 0
     assert not set(scores.run(task="mono")["query_id"].str[:2]) & {"hi"}
+
+
+def test_by_query_of_a_language_with_queries_only(tmp_path):
+    "Its queries meet one passage language more than the others: pairs and query languages are then weighted differently."
+    scores = evaluate(noisy(0.5), parallel_benchmark(without_passages=["hi"]), progress=False)
+    scores = Scores.load(scores.save(tmp_path))
+    counts = scores.by_query.groupby(["task", "query_language"], observed=True).size()
+    assert counts["mono"].to_dict() == {"de": 20, "en": 20} and set(counts["cross"]) == {20} and len(counts["cross"]) == 3
+    cells = scores.cells.query("task == 'cross'").groupby("query_language")["map"]
+    assert cells.size().to_dict() == {"de": 1, "en": 1, "hi": 2}
+    assert macro(scores.by_query, "map")["cross"] == pytest.approx(cells.mean().mean(), abs=1e-4)
+    assert abs(macro(scores.by_query, "map")["cross"] - scores.summary().loc["cross", "map"]) > 1e-4
+    table = compare(scores, scores, task="gap", by_language=True, flips=9)
+    assert list(table.index) == ["macro", "de", "en"] and list(compare(scores, scores, by_language=True, flips=9).index) == ["macro", "de", "en"]
 
 
 class OldSentenceTransformer:

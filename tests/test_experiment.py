@@ -9,12 +9,13 @@ import sys
 import warnings
 
 import nbformat
+import pandas as pd
 import pytest
 from conftest import ROOT
 from tiny import save_tiny
 
 from hybrid_ir import experiment
-from hybrid_ir.experiment import RunConfig, checkpoint_folder, read_run, run, run_folder
+from hybrid_ir.experiment import BenchmarkChoice, RunConfig, checkpoint_folder, complete_runs, parse_benchmark, read_run, run, run_folder
 from hybrid_ir.samplers import SAMPLERS
 
 SMALL = dict(languages="de,en,th", batch_size=8, steps=6, validate_every=3, checkpoint_every=3, learning_rate=1e-3, query_length=32, passage_length=64)
@@ -35,7 +36,7 @@ def test_a_run_is_computed_once(encoder, tmp_path, monkeypatch):
     first = run(config, tmp_path, progress=False)
     assert {"config.json", "environment.json", "metrics.json", "train_log.jsonl"} <= {path.name for path in first.folder.iterdir()}
     assert (first.folder / "sample" / "per_query.parquet").exists() and not list(first.folder.rglob("*.safetensors"))
-    monkeypatch.setattr(experiment, "compute_run", lambda *arguments: pytest.fail("computed again"))
+    monkeypatch.setattr(experiment, "trained_encoder", lambda *arguments: pytest.fail("computed again"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         again = run(config, tmp_path, progress=False)
@@ -43,6 +44,44 @@ def test_a_run_is_computed_once(encoder, tmp_path, monkeypatch):
     assert again.after["sample"].summary().equals(first.after["sample"].summary())
     vectors = again.load_encoder().encode(["Wie?"])
     assert vectors.shape == (1, 32)
+
+
+def test_one_more_benchmark_needs_no_training(encoder, tmp_path, monkeypatch):
+    config = RunConfig(encoder=encoder, **SMALL)
+    first = run(config, tmp_path, progress=False)
+    more = RunConfig(encoder=encoder, **SMALL, benchmarks="sample:el+vi, sample:known")
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "train", lambda *arguments, **options: pytest.fail("trained again"))
+        again = run(more, tmp_path, progress=False)
+    assert again.folder == first.folder and again.after["sample:el+vi"].info["languages"] == ["el", "vi"]
+    pd.testing.assert_frame_equal(again.after["sample:known"].summary(), first.after["sample"].summary())
+    (found,) = complete_runs(tmp_path, encoder=encoder)
+    assert set(found.after) == {"sample", "sample:el+vi", "sample:known"}
+    assert list(complete_runs(tmp_path, "sample:el+vi")[0].after) == ["sample:el+vi"] and not complete_runs(tmp_path, "xquad_r")
+
+
+def test_lost_weights_are_trained_again(encoder, tmp_path):
+    config = RunConfig(encoder=encoder, **SMALL)
+    first = run(config, tmp_path, progress=False)
+    shutil.rmtree(checkpoint_folder(config))
+    again = run(RunConfig(encoder=encoder, **SMALL, benchmarks=("sample", "sample:de+en")), tmp_path, progress=False)
+    assert again.log.drop(columns="pairs_per_second").equals(first.log.drop(columns="pairs_per_second"))
+    assert (again.load_encoder().encode(["Wie?"]) == first.load_encoder().encode(["Wie?"])).all()
+
+
+def test_benchmarks_as_words():
+    assert parse_benchmark("xquad_r:known:context") == BenchmarkChoice("xquad_r", known=True, context=True)
+    assert parse_benchmark("miracl:yo").languages == ("yo",)
+    choice = parse_benchmark("xquad_r:el+ar+de:known")
+    assert choice.of(["ar", "de", "el", "en"], "use-multilingual-v3") == ["ar", "de"] and choice.of(["ar", "el"], "me5-small-q4") == ["ar", "el"]
+    for wrong, message in [("xquad", "valid: sample, xquad_r"), ("xquad_r:contxt", "'contxt'; valid: ar"), ("xquad_r:de+xx", "'xx'; valid: ar")]:
+        with pytest.raises(ValueError, match=message):
+            parse_benchmark(wrong)
+
+
+def test_the_code_hash_ignores_comments():
+    first = 'def f(x):  # a comment\n    "Says nothing."\n    return x + 1\n'
+    assert experiment.bare_source(first) == experiment.bare_source("def f(x):\n    return x+1") != experiment.bare_source("def f(x):\n    return x+2")
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -55,19 +94,19 @@ def test_every_sampler_runs(encoder, tmp_path, sampler):
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(encoder, tmp_path, monkeypatch):
-    config, evaluate = RunConfig(encoder=encoder, **SMALL), experiment.evaluate
+    config, score = RunConfig(encoder=encoder, **SMALL), experiment.score_embeddings
     calls = []
 
     def stop_at_second(*arguments, **options):
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return evaluate(*arguments, **options)
+        return score(*arguments, **options)
 
-    monkeypatch.setattr(experiment, "evaluate", stop_at_second)
+    monkeypatch.setattr(experiment, "score_embeddings", stop_at_second)
     with pytest.raises(KeyboardInterrupt):
         run(config, tmp_path, progress=False)
-    assert not (run_folder(config, tmp_path) / "metrics.json").exists()
+    assert (run_folder(config, tmp_path) / "metrics.json").exists() and not experiment.is_complete(config, tmp_path)
     steps = (checkpoint_folder(config) / "train_log.jsonl").read_text()
     result = run(config, tmp_path, progress=False)
     assert len(calls) == 3, "the untouched encoder was not evaluated again"
@@ -105,7 +144,7 @@ def test_wrong_configurations_fail_before_anything_is_loaded(monkeypatch, tmp_pa
         (dict(encoder="me5"), "unknown encoder 'me5'; valid: me5-small-q4"), (dict(sampler="x"), "valid: english, mixed"), (dict(alpha=-0.1), "alpha"),
         (dict(device="tpu"), "valid: auto, cpu"), (dict(precision="int8"), "valid: auto, fp32, bf16"), (dict(passage_length=1), "passage_length"),
         (dict(benchmarks=()), "at least one benchmark"), (dict(train="parallel_doc"), "parallel_docs"), (dict(benchmarks="xquad"), "xquad_r"),
-        (dict(languages="de,xx"), "unknown training language 'xx'; valid: ar, de"), (dict(batch_size=500), "a batch_size up to"), (dict(sampler="cross", languages="de"), "two training languages"),
+        (dict(languages="de,xx"), "unknown language 'xx'; valid: ar, de"), (dict(batch_size=500), "a batch_size up to"), (dict(sampler="cross", languages="de"), "two training languages"),
     ]:  # fmt: skip
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             run(RunConfig(**{"batch_size": 8, **wrong}), tmp_path, progress=False)

@@ -1,4 +1,4 @@
-"Measures against ir_measures, rank distance against simulation, bootstrap against its definition."
+"Measures against ir_measures, rank distance against simulation, bootstrap and randomisation test against their definitions."
 
 import ir_measures
 import numpy as np
@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from hybrid_ir import metrics
 
@@ -107,3 +108,91 @@ def test_interval_of_little():
     assert metrics.bootstrap_interval([1.0, 1.0, 1.0]) == (1, 1, 1)
     with pytest.raises(ValueError, match="confidence"):
         metrics.bootstrap_interval([1.0, 2.0], confidence=95)
+
+
+def incomplete(n_ids=60, n_cells=4, seed=0, missing=0.4):
+    "Two systems on questions of different difficulty, with holes in the same places."
+    random = np.random.default_rng(seed)
+    first = random.normal(0.5, 0.2, (n_ids, 1)) + random.normal(0, 0.1, (n_ids, n_cells))
+    second = first + random.normal(0.02, 0.1, (n_ids, 1)) + random.normal(0, 0.05, (n_ids, n_cells))
+    first[random.random(first.shape) < missing] = np.nan
+    return first, np.where(np.isnan(first), np.nan, second), *np.divmod(np.arange(first.size), n_cells)
+
+
+def test_randomisation_test_equals_swapping_the_systems_of_a_question():
+    "With missing cells: against a direct computation that swaps all values of an id and averages anew."
+    first, second, ids, cells = incomplete()
+    got = metrics.paired_difference(first.ravel(), second.ravel(), ids, cells)
+    random, differences = np.random.default_rng(1), first - second
+    observed = np.nanmean(differences, axis=0).mean()
+    null = [np.nanmean(differences * random.choice([-1, 1], (len(first), 1)), axis=0).mean() for _ in range(4000)]
+    assert got.value == pytest.approx(observed) and got.n_ids == np.isfinite(differences).any(axis=1).sum()
+    assert 0.01 < got.p < 0.9 and got.p == pytest.approx(np.mean(np.abs(null) >= abs(observed)), abs=0.03)
+    drawn = [np.nanmean(differences[random.integers(0, 60, 60)], axis=0).mean() for _ in range(4000)]
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    assert (got.low, got.high) == pytest.approx((low, high), abs=0.15 * (high - low))
+    assert metrics.paired_difference(first.ravel(), second.ravel(), ids, cells) == got
+    swapped = metrics.paired_difference(second.ravel(), first.ravel(), ids, cells)
+    assert swapped.value == pytest.approx(-got.value) and swapped.p == pytest.approx(got.p)
+
+
+@pytest.mark.parametrize("seed", [14, 20, 46])
+def test_randomisation_test_with_many_holes_is_exact(seed):
+    "All 256 ways to swap the systems of eight questions. With the centred contributions p would be far too small."
+    first, second, ids, cells = incomplete(8, 3, seed, 0.6)
+    signs = np.array(np.meshgrid(*[[-1, 1]] * 8)).reshape(8, -1).T
+    null = np.array([np.nanmean((first - second) * row[:, None], axis=0).mean() for row in signs])
+    got = metrics.paired_difference(first.ravel(), second.ravel(), ids, cells)
+    assert got.p == pytest.approx(np.mean(np.abs(null) >= abs(got.value) - 1e-12), abs=0.03)
+
+
+@pytest.mark.parametrize("n", [3, 8, 300])
+def test_sign_flips_agree_with_scipy(n):
+    values = np.random.default_rng(n).normal(0.05, 0.5, n)
+    expected = stats.permutation_test((values,), lambda x, axis: x.mean(axis=axis), permutation_type="samples", vectorized=True, n_resamples=2999, batch=500, rng=np.random.default_rng(0)).pvalue
+    assert metrics.sign_flip_test(values) == pytest.approx(expected, abs=0.03)
+
+
+def test_noise_is_not_significant_and_a_shift_is():
+    random = np.random.default_rng(0)
+    first = random.normal(0.5, 0.2, 200)
+    shift = metrics.paired_difference(first + 0.01 + random.normal(0, 0.01, 200), first)
+    assert shift.p == pytest.approx(2 / 10_000) and 0 < shift.low < 0.01 < shift.high
+    assert np.mean([metrics.sign_flip_test(random.normal(0, 0.1, 50), resamples=499) < 0.05 for _ in range(300)]) < 0.09
+    same = metrics.paired_difference(first, first)
+    assert same == (0, 0, 0, 1, 200) and "p = 1.0000" in str(same)
+    balanced = np.tile([0.1, -0.1], 50)
+    assert metrics.paired_difference(first[:100] + balanced, first[:100]).p > 0.9
+
+
+def test_translations_count_once():
+    "The same question eleven times is no more evidence than once."
+    values = np.random.default_rng(0).normal(0.03, 0.1, 30)
+    once = metrics.paired_difference(values, np.zeros(30))
+    eleven = metrics.paired_difference(np.repeat(values, 11), np.zeros(330), np.repeat(np.arange(30), 11), np.tile(np.arange(11), 30))
+    assert eleven == pytest.approx(once)
+    assert metrics.paired_difference(np.repeat(values, 11), np.zeros(330)).p < once.p / 2
+
+
+def test_differences_of_little():
+    assert np.isnan(metrics.paired_difference([], [])[:4]).all()
+    one = metrics.paired_difference([0.5, 0.7], [0.4, 0.4], ids=["Q1", "Q1"])
+    assert one.value == pytest.approx(0.2) and np.isnan(one[1:4]).all() and one.n_ids == 1
+    for first, second in (([1.0], [1.0, 2.0]), ([1.0, np.nan], [1.0, 2.0])):
+        with pytest.raises(ValueError, match="same queries"):
+            metrics.paired_difference(first, second)
+
+
+def test_holm_by_hand():
+    corrected = metrics.holm([0.04, np.nan, 0.01, 0.03, 0.5])
+    assert np.allclose(corrected, [0.09, np.nan, 0.04, 0.09, 0.5], equal_nan=True)
+    assert np.isnan(metrics.holm([np.nan])).all() and len(metrics.holm([])) == 0 and metrics.holm([0.7, 0.8]).max() <= 1
+
+
+def test_seeds_one_by_one():
+    summary = metrics.seed_summary([0.3, 0.1, 0.2])
+    assert summary.values == (0.3, 0.1, 0.2) and (summary.mean, summary.std, summary.minimum, summary.maximum) == pytest.approx((0.2, 0.1, 0.1, 0.3))
+    assert str(summary) == "0.200 ± 0.100 (0.300, 0.100, 0.200)" and np.isnan(metrics.seed_summary([0.5]).std)
+    for values in ([], [[1.0]]):
+        with pytest.raises(ValueError, match="one number per seed"):
+            metrics.seed_summary(values)

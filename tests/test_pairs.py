@@ -1,8 +1,15 @@
 """Training pairs: the sample's alignment, the index, splits, and every loader with good and bad input."""
 
 import gzip
+import http.server
 import json
+import os
 import pickle
+import shutil
+import subprocess
+import sys
+import threading
+import time
 import unicodedata
 
 import datasets
@@ -441,6 +448,265 @@ def test_hub_dataset_with_other_columns(tmp_path):
     datasets.Dataset.from_list([record("a"), record("b") | {"query": {"en": " ", "de": "d"}}]).save_to_disk(str(tmp_path / "blank"))
     with pytest.raises(ValueError, match="row 1, id 'b': query in en is empty"):
         load_pairs(tmp_path / "blank")
+
+
+# mMARCO
+
+
+TINY = {
+    "english": (["why is it red", "what is a lichen", "where do swifts sleep"], ["Cold nights.", "A fungus.", "In flight.", "No \"roots.", "In a nest."]),
+    "german": (["warum rot", "was ist eine Flechte", "wo schlafen Segler"], ["Kalte Nächte.", "Ein Pilz.", "Im Flug.", "Keine Wurzeln.", "Im Nest."]),
+}
+TRIPLES = [(1, 11, 14), (3, 13, 12), (1, 11, 14), (2, 12, 14), (1, 11, 12), (3, 15, 14), (3, 13, 15), (2, 14, 13), (1, 11, 13)]
+ENGLISH = "mmarco/data/google/collections/english_collection.tsv"
+QUESTIONS = "mmarco/data/google/queries/train/german_queries.train.tsv"
+
+
+def tsv(lines) -> str:
+    return "".join("\t".join(map(str, line)) + "\n" for line in lines)
+
+
+def write_mmarco(folder):
+    "Three questions and five passages in the published layout."
+    tables = {"triples.train.ids.small.tsv": TRIPLES}
+    for language, (questions, passages) in TINY.items():
+        tables[f"google/queries/train/{language}_queries.train.tsv"] = enumerate(questions, start=1)
+        tables[f"google/collections/{language}_collection.tsv"] = enumerate(passages, start=11)
+    for name, lines in tables.items():
+        target = folder / "mmarco" / "data" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(tsv(lines), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def mmarco(tmp_path, monkeypatch):
+    monkeypatch.setenv("HYBRID_IR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("HYBRID_IR_DATA", raising=False)
+    return write_mmarco(tmp_path / "files")
+
+
+def expected_rows(languages, limit) -> list:
+    "The join, plainly, with dictionaries."
+    rows = []
+    for query, passage in sorted({triple[:2] for triple in TRIPLES}):
+        wrong = list(dict.fromkeys(n for q, p, n in TRIPLES if (q, p) == (query, passage)))[:limit]
+        wrong = [n for n in wrong if (query, n) not in {triple[:2] for triple in TRIPLES}]
+        for language in languages:
+            questions, passages = TINY[{"de": "german", "en": "english"}[language]]
+            rows.append({
+                "id": f"{query}-{passage}", "lang": language, "query": questions[query - 1], "passage": passages[passage - 11],
+                "negatives": [passages[n - 11] for n in wrong] or None, "source": "mmarco",
+            })
+    return rows
+
+
+@pytest.mark.parametrize("languages, limit", [(["de", "en"], 4), (["en"], 1), (["de"], 0), (["de", "en"], 2)])
+def test_mmarco_rows(mmarco, languages, limit):
+    pairs = load_pairs("mmarco", languages=languages, path=mmarco, negatives=limit)
+    check_invariants(pairs)
+    assert pairs.table.to_list() == expected_rows(languages, limit)
+    assert pairs.groups.tolist() == [0, 1, 1, 2, 2] and pairs.blocks.tolist() == [0, 1, 1, 2, 2]
+    assert pairs.info["sha256"][ENGLISH.rpartition("/")[2] if "en" in languages else QUESTIONS.rpartition("/")[2]]
+    assert pairs.info["sources"][0]["ids"] == 5
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2, 4])
+def test_mmarco_in_small_blocks(mmarco, tmp_path, monkeypatch, limit):
+    "Blocks of triples, of lines and of rows end anywhere; the result is the same."
+    whole = load_pairs("mmarco", ["de", "en"], path=mmarco, negatives=limit)
+    files = pairs_module.find_mmarco(["de", "en"], mmarco)
+    for name in ("read_triples", "read_tsv"):
+        small = {"read_triples": {"block_rows": 2}, "read_tsv": {"block_bytes": 40}}[name]
+        original = getattr(pairs_module, name)
+        monkeypatch.setattr(pairs_module, name, lambda *args, original=original, small=small: original(*args, **small))
+    folder = tmp_path / "small"
+    folder.mkdir()
+    written = pairs_module.write_mmarco(folder, files, ["de", "en"], limit, block_rows=4)
+    small = pairs_module.open_pairs(folder / "rows.arrow", written, "mmarco")
+    assert small.fingerprint == whole.fingerprint and small.table.to_list() == whole.table.to_list() and written["rows"] == 10
+    assert [path.name for path in folder.iterdir()] == ["rows.arrow"]
+
+
+def test_first_of_each_agrees_with_dictionaries():
+    generator = np.random.default_rng(0)
+    keys, negatives = generator.integers(0, 40, 3000) << 32, generator.integers(0, 30, 3000).astype(np.int32)
+    kept = pairs_module.first_of_each(keys, negatives, 5)
+    expected = [
+        (key, negative) for key in np.unique(keys) for negative in list(dict.fromkeys(negatives[keys == key].tolist()))[:5]
+    ]
+    assert list(zip(*(part.tolist() for part in kept))) == expected
+
+
+def test_mmarco_shared_passages(mmarco):
+    "Equal text under two ids is one passage, and a passage that answers two questions joins their groups."
+    path = mmarco / ENGLISH
+    path.write_text(path.read_text(encoding="utf-8").replace("A fungus.", "Cold nights."), encoding="utf-8")
+    triples = mmarco / "mmarco/data/triples.train.ids.small.tsv"
+    triples.write_text(tsv([(1, 11, 14), (2, 12, 14), (3, 13, 14)]))
+    assert load_pairs("mmarco", "en", path=mmarco).groups.tolist() == [0, 0, 1]
+    assert load_pairs("mmarco", "de", path=mmarco).groups.tolist() == [0, 1, 2]
+    triples.write_text(tsv([(1, 11, 14), (2, 11, 14), (3, 13, 14)]))
+    assert load_pairs("mmarco", "de", path=mmarco).groups.tolist() == [0, 0, 1]
+
+
+def test_mmarco_is_prepared_once_and_again_when_a_file_changes(mmarco, monkeypatch):
+    first = load_pairs("mmarco", "en", path=mmarco)
+    with monkeypatch.context() as patch:
+        patch.setattr(pairs_module, "read_tsv", None)
+        again = load_pairs("mmarco", ["en"], path=mmarco / "mmarco")  # the hub's repository itself
+    assert again.table.cache_files == first.table.cache_files
+    assert load_pairs("mmarco", "en", path=mmarco, negatives=1).fingerprint != first.fingerprint
+    path = mmarco / ENGLISH
+    path.write_text(path.read_text(encoding="utf-8").replace("In flight.", "While they fly."), encoding="utf-8")
+    changed = load_pairs("mmarco", "en", path=mmarco)
+    assert changed.fingerprint != first.fingerprint and "While they fly." in changed.table["passage"][:]
+
+
+def test_mmarco_beside_other_sets(mmarco):
+    pairs = load_pairs(["sample", "mmarco"], languages=["th", "en"], path=mmarco)  # no Thai in mMARCO
+    check_invariants(pairs)
+    assert pairs.set_names == ["sample", "mmarco"] and pairs.n_ids == 96 + 5 and pairs.groups[-1] == pairs.groups[-2] != pairs.groups[-3]
+    assert len(set(pairs.groups)) == 96 + 3
+
+
+@pytest.mark.parametrize(
+    "name, old, new, message",
+    [
+        ("triples", "3\t13\t12\n", "3\t13\n", "triples.train.ids.small.tsv line 2: expected 3 columns .*, found 2"),
+        ("triples", "3\t13\t12\n", "\n", "line 2: expected 3 columns .*, found 1"),
+        ("triples", "3\t13\t12\n", "3\t13\tx12\n", "line 2: wrong passage id must be a number, not 'x12'"),
+        ("triples", "3\t13\t12\n", "3\t13\t99999999999\n", "line 2: wrong passage id must be a number, not '99999999999'"),
+        ("triples", "1\t11\t13\n", "1\t11\t1", "line 9: the last line does not end"),
+        ("triples", "1\t11\t13\n", "1\t11", "line 9: expected 3 columns"),
+        ("triples", None, "", "triples.train.ids.small.tsv: the file is empty"),
+        ("triples", "3\t15\t14", "3\t99\t14", "english_collection.tsv: no passage 99, which .*triples.train.ids.small.tsv line 6 asks for"),
+        ("triples", "3\t15\t14", "3\t15\t99", "english_collection.tsv: no passage 99, which .*triples.train.ids.small.tsv line 6 asks for"),
+        ("triples", "2\t14\t13", "9\t14\t13", "english_queries.train.tsv: no query 9, which .* line 8 asks for"),
+        ("english_collection", "A fungus.", "A\tfungus.", "english_collection.tsv line 2: expected 2 columns .*, found 3"),
+        ("english_collection", "A fungus.", " ", "line 2: the text of passage 12 is empty"),
+        ("english_collection", "12\t", "11\t", "line 2: passage 11 was already there .line 1."),
+        ("english_collection", "In a nest.\n", "In a n", "line 5: the last line does not end"),
+        ("english_collection", "A fungus.", "A \udcfffungus.", "line 2: text is not UTF-8"),
+        ("english_collection", "A fungus.", "A\rfungus.", "line 2: a carriage return inside"),
+        ("english_queries", "2\twhat", "two\twhat", "english_queries.train.tsv line 2: query id must be a number, not 'two'"),
+        ("english_queries", "what is a lichen", "", "line 2: the text of query 2 is empty"),
+    ],
+)
+def test_mmarco_with_broken_files(mmarco, name, old, new, message):
+    (path,) = [path for path in mmarco.rglob("*.tsv") if path.name.startswith(name)]
+    whole = path.read_bytes().decode("utf-8")
+    assert old is None or old in whole
+    path.write_bytes((new if old is None else whole.replace(old, new)).encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match=message) as caught:
+        load_pairs("mmarco", "en", path=mmarco)
+    assert str(path.parent) in str(caught.value)
+    assert list((mmarco.parent / "cache" / "pairs").iterdir()) == []  # nothing half-written
+
+
+def test_mmarco_options_are_checked_first():
+    with pytest.raises(ValueError, match="unknown language 'th'; valid: ar, de, en, es, fr, hi, id, it, ja, nl, pt, ru, vi, zh"):
+        load_pairs("mmarco", languages=["en", "th"], path="nowhere")
+    for bad in (-1, 1.5, True):
+        with pytest.raises(ValueError, match="negatives must be a whole number from 0"):
+            load_pairs("mmarco", languages="en", path="nowhere", negatives=bad)
+
+
+def test_mmarco_needs_disk(mmarco, monkeypatch):
+    usage = shutil.disk_usage(mmarco)
+    monkeypatch.setattr(pairs_module.shutil, "disk_usage", lambda folder: usage._replace(free=100))
+    monkeypatch.setattr(pairs_module, "keep_texts", None)  # the collections are not even read
+    with pytest.raises(OSError, match="preparing 5 mmarco pairs in 1 languages .* GB are free .* HYBRID_IR_CACHE"):
+        load_pairs("mmarco", "en", path=mmarco)
+    with pytest.raises(OSError, match="the download of 2 mmarco collections needs about 8.2 GB"):
+        load_pairs("mmarco", ["en", "de"])
+
+
+def test_mmarco_size_is_estimated(mmarco):
+    files = pairs_module.find_mmarco(["en"], mmarco)
+    triples = pairs_module.read_triples(files[pairs_module.MMARCO_TRIPLES], 4, {})
+    assert 0.5 < pairs_module.table_bytes(["en"], files, triples) / (17 * 5 + 12 * 8 + 80 * 5) < 2
+
+
+def test_mmarco_download(mmarco, tmp_path, monkeypatch):
+    "From a server on this machine, below the address that the hub has."
+    asked = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(mmarco / "mmarco"))
+
+        def log_message(self, *args):
+            asked.append(self.path)
+
+    assert pairs_module.MMARCO_URL == "https://huggingface.co/datasets/unicamp-dl/mmarco/resolve/main/"
+    monkeypatch.setenv("NO_PROXY", "*")
+    usage = shutil.disk_usage(mmarco)
+    monkeypatch.setattr(pairs_module.shutil, "disk_usage", lambda folder: usage._replace(free=10**12))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        files = pairs_module.find_mmarco(["de"], url=f"http://127.0.0.1:{server.server_port}/")
+        assert asked == [
+            "/data/triples.train.ids.small.tsv", "/data/google/collections/german_collection.tsv",
+            "/data/google/queries/train/german_queries.train.tsv",
+        ]
+        assert all(path == tmp_path / "cache" / name for name, path in files.items())
+        assert load_pairs("mmarco", "de").table.to_list() == expected_rows(["de"], 4) and len(asked) == 3
+        with pytest.raises(FileNotFoundError, match="french_collection.tsv was not found") as caught:
+            pairs_module.find_mmarco(["fr"], url=f"http://127.0.0.1:{server.server_port}/")
+        assert "answered 404" in str(caught.value)
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+# what killed conversions leave
+
+
+def test_killed_conversions_are_cleaned_up(tmp_path, monkeypatch):
+    monkeypatch.setenv("HYBRID_IR_CACHE", str(tmp_path))
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    hour = 3600
+    ages = {  # name: (age of the folder, age of the file in it, is removed)
+        f"{pairs_module.unfinished_prefix(gone.pid)}a": (hour, hour, True),
+        f"{pairs_module.unfinished_prefix(gone.pid)}b": (hour, 60, False),  # still written to: a process of another container
+        f"{pairs_module.unfinished_prefix()}c": (23 * hour, 23 * hour, False),  # this process
+        f"{pairs_module.unfinished_prefix()}d": (25 * hour, 25 * hour, True),
+        f"unfinished-00000000-{gone.pid}-e": (hour, hour, False),  # another machine
+        "unfinished-x1y2z3": (hour, hour, False),
+        "unfinished-old": (30 * hour, 25 * hour, True),
+        "unfinished-long": (30 * hour, hour, False),  # a long conversion
+        "mine-0123": (99 * hour, 99 * hour, False),
+    }
+    for name, (folder_age, file_age, _) in ages.items():
+        file = tmp_path / "pairs" / name / "work" / "rows.arrow"
+        file.parent.mkdir(parents=True)
+        file.touch()
+        os.utime(file, (time.time() - file_age,) * 2)
+        for folder in (file.parent, file.parent.parent):
+            os.utime(folder, (time.time() - folder_age,) * 2)
+    pairs = ParallelPairs.from_records([record("a")])
+    left = {folder.name for folder in (tmp_path / "pairs").iterdir()}
+    assert left == {name for name, (_, _, is_removed) in ages.items() if not is_removed} | {f"records-{pairs.fingerprint}"}
+
+
+def test_a_killed_conversion_leaves_nothing_that_counts(mmarco):
+    "Killed while it writes: no folder under the final name, and the next run succeeds."
+    code = """
+import os, signal, sys
+from hybrid_ir import pairs
+pairs.merge_languages = lambda parts, target: (target.write_bytes(b"half"), os.kill(os.getpid(), signal.SIGKILL))
+pairs.load_pairs("mmarco", "en", path=sys.argv[1])
+"""
+    killed = subprocess.run([sys.executable, "-c", code, str(mmarco)], capture_output=True, check=False)
+    assert killed.returncode == -9, killed.stderr
+    (left,) = (mmarco.parent / "cache" / "pairs").iterdir()
+    assert left.name.startswith(f"unfinished-{pairs_module.unfinished_prefix().split('-')[1]}")
+    for path in [*left.rglob("*"), left]:
+        os.utime(path, (time.time() - 700,) * 2)
+    assert load_pairs("mmarco", "en", path=mmarco).n_ids == 5 and not left.exists()
 
 
 # the real sets

@@ -102,12 +102,15 @@ def test_equal_embeddings_tie_wherever_they_stand():
         assert (ranks.pool_ranks == 4).all()
 
 
-def test_many_thresholds_and_long_segments():
+def test_many_thresholds_and_long_corpora():
     random = np.random.default_rng(0)
-    scores, thresholds = torch.from_numpy(random.integers(0, 50, (1000, 8)).astype(np.float32)), torch.from_numpy(random.integers(0, 50, (40, 8)).astype(np.float32))
-    counts = retrieval.count_at_least(scores, thresholds, [(0, 1), (1, 1), (1, 700), (700, 1000)])
-    for segment, (start, stop) in enumerate([(0, 1), (1, 1), (1, 700), (700, 1000)]):
-        assert torch.equal(counts[segment], (scores[start:stop][None] >= thresholds[:, None]).sum(1).double())
+    scores, passages = random.integers(0, 50, (8, 9000)).astype(np.float32), random.integers(0, 9000, 320)
+    corpora = np.sort(random.integers(0, 9001, (320, 2)), axis=1)
+    own, counts = retrieval.count_block(scores, np.arange(0, 321, 40), passages, corpora, True)
+    for judgement, (passage, (start, stop)) in enumerate(zip(passages, corpora)):
+        row = scores[judgement // 40]
+        assert own[judgement] == row[passage]
+        assert counts[:, judgement].tolist() == [(row[start:stop] >= row[passage]).sum(), (row >= row[passage]).sum()]
 
 
 def test_half_precision_is_scored_in_single():

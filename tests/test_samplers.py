@@ -169,3 +169,41 @@ def test_the_language_that_is_too_small_is_named():
     records = [{"id": f"{n}", "query": {"en": f"q{n}"} | ({"th": f"t{n}"} if n < 7 else {}), "passage": {"en": f"p{n}"} | ({"th": f"s{n}"} if n < 7 else {})} for n in range(50)]
     with pytest.raises(ValueError, match=r"th: 7\); a batch_size up to 7 works, or keep only en"):
         BatchSampler(ParallelPairs.from_records(records), "mono", batch_size=20)
+
+
+def repeats(pairs, batches) -> int:
+    return composition(batches, pairs).repeated_ids
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_ids_repeat_only_where_that_is_asked_for(sampler):
+    "Drawn independently, as many ids repeat in a batch as chance makes them; all other rules stay."
+    pairs, batch_size, count = load_pairs("sample"), 40, 150
+    assert repeats(pairs, islice(BatchSampler(pairs, sampler, batch_size=batch_size, seed=1), 20)) == 0
+    batches = list(islice(BatchSampler(pairs, sampler, batch_size=batch_size, seed=1, unique_ids=False), count))
+    expected = batch_size - pairs.n_ids * (1 - (1 - 1 / pairs.n_ids) ** batch_size)  # pairs of a batch whose id stands there already
+    assert repeats(pairs, batches) / count == pytest.approx(expected, rel=0.1)
+    row_ids, row_languages = pairs.id_of_row, pairs.language_of_row
+    kinds = set()
+    for batch in batches:
+        assert batch.shape == (batch_size, 2) and (row_ids[batch[:, 0]] == row_ids[batch[:, 1]]).all()
+        kinds.add("cross" if (row_languages[batch[:, 0]] != row_languages[batch[:, 1]]).all() else "same" if (row_languages[batch[:, 0]] == row_languages[batch[:, 1]]).all() else "other")
+    assert kinds == {"cross": {"cross"}, "hybrid": {"cross", "same"}}.get(sampler, {"same"})
+    counts = np.bincount(row_ids[np.concatenate(batches)[:, 0]], minlength=pairs.n_ids)
+    assert chisquare(counts).pvalue > 1e-4, "every id is as likely as any other"
+
+
+@slow
+@given(parallel_pairs(), st.sampled_from(SAMPLERS), st.integers(0, 100), st.integers(0, 20))
+def test_resume_is_exact_with_repeated_ids_too(pairs, sampler, seed, done):
+    batches = usable_sampler(pairs, sampler, 3, seed=seed, unique_ids=False)
+    if batches is None:
+        return
+    list(islice(batches, done))
+    state, following = batches.state_dict(), list(islice(batches, 10))
+    resumed = BatchSampler(pairs, sampler, batch_size=3, seed=seed + 7, unique_ids=False)
+    resumed.load_state_dict(state)
+    assert np.array_equal(following, list(islice(resumed, 10)))
+    for batch in following:
+        rows, ids = pairs.table, pairs.id_of_row[batch]
+        assert (ids[:, 0] == ids[:, 1]).all() and all(rows[int(row)]["query"] for row in batch[:, 0]) and all(rows[int(row)]["passage"] for row in batch[:, 1])

@@ -15,7 +15,7 @@ from tiny import save_tiny
 from hybrid_ir import training
 from hybrid_ir.encoders import load_encoder
 from hybrid_ir.pairs import load_pairs
-from hybrid_ir.training import CheckpointError, Trainer, TrainingDiverged, checkpoints, train, training_options, weights_hash
+from hybrid_ir.training import CheckpointError, TokenizedPairs, TokenTable, Towers, Trainer, TrainingDiverged, batch_loss, checkpoints, train, training_options, weights_hash
 
 OPTIONS = dict(batch_size=12, steps=20, learning_rate=2e-3, validate_every=5, checkpoint_every=5, seed=3, patience=50, temperature=0.05)
 
@@ -249,3 +249,97 @@ def test_gradients_equal_those_of_a_plain_forward_pass(folder, pairs):
 def test_options_of_hub_defaults_survive_a_round_trip():
     options = training_options(languages=["de", "en"], steps=7)
     assert options.languages == ("de", "en") and options.steps == 7
+
+
+def test_repeated_ids_are_masked_only_if_ids_are_unique(folder, pairs):
+    "unique_ids=False is the plain loss: an id that stands twice in the batch is a wrong answer of itself."
+    encoder = tiny(folder)
+    batch = pairs.query_rows[[0, 0, 1, 2]][:, [0, 1, 0, 0]].diagonal()  # the first id in two languages, two other ids in one
+    batch = np.stack([batch, batch], axis=1)
+    assert len(set(pairs.id_of_row[batch[:, 0]])) == 3
+    losses = {}
+    with torch.no_grad():
+        for unique_ids in (True, False):
+            options = training_options(unique_ids=unique_ids, temperature=0.5)
+            data = TokenizedPairs.from_pairs(encoder, pairs, options, progress=False)
+            losses[unique_ids] = batch_loss(Towers(encoder), data, batch, options).item()
+            without = batch_loss(Towers(encoder), data, batch[1:], options).item()
+            losses[unique_ids, "no repeat"] = without
+        tokens = [data.tokens.tokens[kind][row] for kind in ("query", "passage") for row in batch[:, 0]]
+        vectors = encoder.embed_tokens(tokens)
+        scores = vectors[:4] @ vectors[4:].T / 0.5
+        plain = torch.nn.functional.cross_entropy(scores, torch.arange(4)).item()
+        scores[0, 1] = scores[1, 0] = float("-inf")
+        masked = torch.nn.functional.cross_entropy(scores, torch.arange(4)).item()
+    assert losses[False] == pytest.approx(plain, abs=1e-5) and losses[True] == pytest.approx(masked, abs=1e-5) and plain > masked + 0.05
+    assert losses[True, "no repeat"] == pytest.approx(losses[False, "no repeat"], abs=1e-6)
+
+
+@pytest.mark.parametrize("sampler", ["mono", "cross", "hybrid"])
+def test_repeated_ids_are_for_training_batches_only(folder, pairs, sampler):
+    batches = {}
+    for unique_ids in (True, False):
+        trainer = Trainer(tiny(folder), pairs, training_options(**OPTIONS | dict(unique_ids=unique_ids, sampler=sampler, batch_size=20, heldout=0.3)), None, progress=False)
+        ids = trainer.training.id_of_row
+        drawn = [ids[trainer.sampler.next_batch()[:, 0]] for _ in range(20)]
+        assert all(len(set(batch)) == 20 for batch in drawn) == unique_ids
+        heldout = pairs.split(0.3, seed=OPTIONS["seed"])[1]
+        batches[unique_ids] = trainer.validation
+        for batch in trainer.validation:
+            assert len(set(heldout.groups[heldout.id_of_row[batch[:, 0]]])) == len(batch), "validation batches never repeat an id or a passage"
+    assert np.array_equal(batches[True], batches[False]), "so validation losses of both can be compared"
+
+
+def test_repeated_ids_train_and_resume(folder, pairs, tmp_path):
+    options = OPTIONS | dict(unique_ids=False, heldout=0, steps=6, checkpoint_every=3)
+    expected, other = tiny(folder), tiny(folder)
+    log = train(expected, pairs, folder=tmp_path / "a", progress=False, **options).log
+    train(other, pairs, progress=False, **options | dict(unique_ids=True))
+    assert len(log) == 6 and weights_hash(expected) != weights_hash(other)
+    with pytest.raises(ValueError, match="another training run .*unique_ids"):
+        train(tiny(folder), pairs, folder=tmp_path / "a", progress=False, **options | dict(unique_ids=True))
+    stopped = Trainer(tiny(folder), pairs, training_options(**options), tmp_path / "b", progress=False)
+    for _ in range(3):
+        stopped.step()
+    training.write_checkpoint(stopped.accelerator, stopped.folder, 3)
+    resumed = tiny(folder)
+    train(resumed, pairs, folder=tmp_path / "b", progress=False, **options)
+    assert weights_hash(resumed) == weights_hash(expected)
+
+
+def test_training_lengths_cut_in_training_only(folder, pairs):
+    "The encoder reads as much as before once training is over, and never more in training than it reads."
+    encoder = tiny(folder)
+    longest = lambda table, name: max(len(tokens) for tokens in table.tokens[name] if tokens is not None)  # noqa: E731
+    whole = TokenTable(encoder, pairs, training_options(), progress=False)
+    cut = TokenTable(encoder, pairs, training_options(query_length=6, passage_length=9), progress=False)
+    beyond = TokenTable(encoder, pairs, training_options(query_length=500, passage_length=500), progress=False)
+    assert longest(cut, "query") == 6 and longest(cut, "passage") == 9 and longest(whole, "query") > 6 and longest(whole, "passage") > 9
+    for name, length in (("query", 6), ("passage", 9)):
+        for short, full, same in zip(cut.tokens[name], whole.tokens[name], beyond.tokens[name], strict=True):
+            assert np.array_equal(short[:-1], full[: min(length, len(full)) - 1]) and short[-1] == full[-1] and np.array_equal(full, same)
+    before, text = encoder.config, ["a question that is far longer than the six tokens of training " * 3]
+    train(encoder, pairs, progress=False, **OPTIONS | dict(steps=2, query_length=6, passage_length=9))
+    assert encoder.config == before and [len(encoder.tokenize(text, kind)[0]) for kind in ("query", "passage")] == [32, 64]
+
+
+def test_training_lengths_cut_hard_negatives_and_the_heldout_pairs(folder):
+    from hybrid_ir.pairs import ParallelPairs
+
+    long = "word " * 40
+    records = [{"id": f"{n}", "query": {"de": f"Frage {n} {long}"}, "passage": {"de": f"Antwort {n} {long}"}, "negatives": {"de": [f"falsch {n} {long}"] * 2}} for n in range(40)]
+    pairs = ParallelPairs.from_records(records)
+    options = training_options(**OPTIONS | dict(sampler="mono", batch_size=4, hard_negatives=1, query_length=5, passage_length=7, heldout=0.2))
+    trainer = Trainer(tiny(folder), pairs, options, None, progress=False)
+    for data in (trainer.data, trainer.heldout_data):
+        assert {len(tokens) for tokens in data.tokens.tokens["query"]} == {5} and {len(tokens) for tokens in data.tokens.tokens["passage"]} == {7}
+        assert {len(tokens) for lists in data.tokens.negatives.values() for tokens in lists} == {7} and {len(lists) for lists in data.tokens.negatives.values()} == {1}
+    assert not TokenTable(tiny(folder), pairs, training_options(), progress=False).negatives
+
+
+@pytest.mark.parametrize("name", ["query_length", "passage_length"])
+def test_training_lengths_must_hold_a_token(folder, pairs, name):
+    for wrong in (2, 0, -1, 6.5, "6", True):
+        with pytest.raises(ValueError, match=f"{name} must be a whole number of at least 3, not"):
+            train(tiny(folder), pairs, progress=False, **OPTIONS | {name: wrong})
+    assert getattr(training_options(**{name: 3}), name) == 3 and getattr(training_options(), name) is None
