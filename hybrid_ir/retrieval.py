@@ -49,14 +49,17 @@ def queries_per_block(
 # %% ../nbs/07_retrieval.ipynb #de321282
 @contextmanager
 def full_precision():
-    "Within this context float32 products are float32 products, whatever `torch.set_float32_matmul_precision` says, and no gradient is kept."
-    before = torch.get_float32_matmul_precision()
+    "Within this context float32 products are float32 products, whatever `torch.set_float32_matmul_precision` says, no gradient is kept, and Numba takes as many threads as PyTorch and leaves PyTorch its own."
+    before, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
     torch.set_float32_matmul_precision("highest")
+    set_num_threads(min(threads, config.NUMBA_NUM_THREADS))
+    torch.set_num_threads(threads)
     try:
         with torch.inference_mode():
             yield
     finally:
         torch.set_float32_matmul_precision(before)
+        torch.set_num_threads(threads)
 
 
 def score_blocks(
@@ -174,7 +177,6 @@ def top_passages(
     check_dimensions(queries, passages)
     with full_precision():
         blocks = score_blocks(queries, passages, queries_per_block(len(passages), memory), progress)
-        set_num_threads(min(torch.get_num_threads(), config.NUMBA_NUM_THREADS))
         best = [best_of_block(scores, min(k, len(passages))) for _, scores in blocks]
     return np.concatenate([rows for rows, _ in best]), np.concatenate([scores for _, scores in best])
 
@@ -197,7 +199,6 @@ def count_judgements(
     progress: bool,  # show a progress bar
 ) -> tuple:  # scores float32 [n], counts int64 [2, n] in the corpus and in the pool, top rows int32 and top scores float32 [n_queries, top_k]
     "For each judgement: its score, and how many passages score at least as high."
-    set_num_threads(min(torch.get_num_threads(), config.NUMBA_NUM_THREADS))
     own, counts = np.empty(len(judgement_queries), dtype=np.float32), np.empty((2, len(judgement_queries)), dtype=np.int64)
     top = np.empty((len(queries), top_k), dtype=np.int32), np.empty((len(queries), top_k), dtype=np.float32)
     for rows, scores in score_blocks(queries, passages, queries_per_block(len(passages), memory), progress):

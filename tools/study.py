@@ -1,0 +1,88 @@
+"""Compute what is missing of the study, and render its reports. `make study`; see `python tools/study.py --help`."""
+
+import argparse
+import os
+import re
+import sys
+import time
+import warnings
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+os.chdir(ROOT)
+warnings.filterwarnings("ignore", message="IProgress not found")
+os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"
+
+import papermill  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from hybrid_ir.experiment import RunConfig, is_complete, run_folder, slug  # noqa: E402
+from hybrid_ir.sources import cache_dir  # noqa: E402
+from hybrid_ir.study import PLANS, choose_settings, report_benchmarks, study_runs  # noqa: E402
+
+RUN_PARAMETERS = ("encoder", "train", "sampler", "alpha", "batch_size", "steps", "learning_rate", "temperature", "query_length", "passage_length", "unique_ids", "dropout", "validate_every", "seed", "device", "precision")
+
+
+def execute(notebook: str, output: Path, parameters: dict, show: bool = True):
+    "Run a notebook with papermill; what it prints to the error stream (progress bars) is shown."
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_suffix(".tmp.ipynb")
+    streams = {"stderr_file": sys.stderr} if show else {}
+    papermill.execute_notebook(str(ROOT / "nbs" / notebook), str(temporary), parameters=parameters, progress_bar=False, **streams)
+    temporary.replace(output)
+
+
+def compute(config: RunConfig):
+    "One run through `nbs/run.ipynb`."
+    parameters = {name: getattr(config, name) for name in RUN_PARAMETERS}
+    parameters |= {"benchmark": ",".join(config.benchmarks), "languages": ",".join(config.languages)}
+    execute("run.ipynb", cache_dir() / "study" / slug(config.encoder) / f"{run_folder(config).name}.ipynb", parameters)
+
+
+def describe(config: RunConfig) -> str:
+    "A run in a few words."
+    alpha = f", alpha {config.alpha}" if config.sampler == "hybrid" and config.alpha != 0.5 else ""
+    return f"{config.encoder} {config.sampler}{alpha}{'' if config.unique_ids else ', ids may repeat'}, seed {config.seed}: {', '.join(config.benchmarks)}"
+
+
+def render_reports(encoders: list[str]):
+    "Every report that has runs to show, then the summary."
+    for encoder in encoders:
+        for benchmark in report_benchmarks(encoder):
+            print(f"report: {encoder}, {benchmark}", flush=True)
+            execute("report.ipynb", Path("reports") / slug(encoder) / f"{slug(benchmark)}.ipynb", {"encoder": encoder, "benchmark": benchmark}, show=False)
+    print("report: summary", flush=True)
+    execute("summary.ipynb", Path("reports") / "summary.ipynb", {}, show=False)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--encoder", action="append", choices=list(PLANS), help="only this encoder (may be given several times)")
+    parser.add_argument("--only", default="", metavar="PATTERN", help="only runs whose description matches this regular expression, e.g. 'hybrid.*seed 0'")
+    parser.add_argument("--list", action="store_true", help="show the matrix and what of it is complete, compute nothing")
+    parser.add_argument("--reports", action="store_true", help="render the reports from the runs that are complete, compute nothing")
+    options = parser.parse_args()
+    encoders = options.encoder or list(PLANS)
+    if not options.reports:
+        runs = []
+        for encoder in encoders:
+            runs += study_runs(PLANS[encoder], choose_settings(PLANS[encoder]))
+        runs = [config for config in runs if re.search(options.only, describe(config))]
+        done = [is_complete(config) for config in runs]
+        if options.list:
+            print("\n".join(f"{'complete' if complete else 'missing ':8}  {describe(config)}" for config, complete in zip(runs, done)))
+            print(f"{sum(done)} of {len(runs)} complete")
+            return
+        missing = [config for config, complete in zip(runs, done) if not complete]
+        print(f"{len(runs) - len(missing)} of {len(runs)} runs are complete")
+        for config in tqdm(missing, desc="study", unit="run"):
+            started = time.time()
+            print(f"\n{describe(config)}", flush=True)
+            compute(config)
+            print(f"\ncomplete after {(time.time() - started) / 60:.1f} minutes", flush=True)
+    if not options.only:
+        render_reports(encoders)
+
+
+if __name__ == "__main__":
+    main()
