@@ -9,13 +9,15 @@ REPORT ?= reports/$(ENCODER)/run-$(SAMPLER).ipynb
 # more parameters of nbs/run.ipynb: make run ARGS="-p steps 300 -p seed 1"
 ARGS ?=
 
-.PHONY: help setup run test docs readme lab clean
+.PHONY: help setup run test study reports docs readme lab clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make setup   .venv with the pinned packages and the project"
 	@echo "make run     train and evaluate: $(REPORT)"
 	@echo "make test    every reference notebook, and all tests"
+	@echo "make study   every run of the study that is missing, and all reports (hours on a CPU; can be stopped and continued)"
+	@echo "make reports all reports of the study from the runs that are complete"
 	@echo "make docs    the web site, in _docs"
 	@echo "make readme  README.md from nbs/index.ipynb"
 	@echo "make lab     the notebooks in JupyterLab"
@@ -38,6 +40,13 @@ run: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python tests/run_all.py
+
+# one encoder, or some runs: make study ARGS="--encoder me5-small-q4 --only 'hybrid.*seed 0'"; what is missing: ARGS=--list
+study: $(STAMP)
+	$(BIN)/python tools/study.py $(ARGS)
+
+reports: $(STAMP)
+	$(BIN)/python tools/study.py --reports
 
 docs: $(STAMP)
 	$(BIN)/python tools/build_site.py

@@ -7,9 +7,9 @@ __all__ = ['POOLINGS', 'KINDS', 'DEVICES', 'PRECISIONS', 'Q4_BLOCK', 'ME5_LAYER_
            'USE_DENSE_NAMES', 'ENCODERS', 'E5_STYLE', 'KNOWN_CONFIGS', 'HUB_NAME', 'EncoderConfig', 'choose_device',
            'has_fast_bf16', 'choose_precision', 'autocast', 'length_chunks', 'pool', 'check_texts', 'Encoder',
            'dequantize_q4', 'ByteReader', 'read_me5_file', 'me5_parameter_name', 'build_me5_backbone',
-           'build_me5_tokenizer', 'UseBranch', 'UseConfig', 'UseModel', 'read_use_weights', 'protobuf_fields',
-           'build_use_tokenizer', 'bundled_file', 'load_me5_small_q4', 'load_use_multilingual_v3', 'encoder_config',
-           'check_encoder_name', 'no_file_bars', 'load_backbone', 'check_pooling', 'load_encoder']
+           'build_me5_tokenizer', 'UseBranch', 'UseModel', 'read_use_weights', 'protobuf_fields', 'build_use_tokenizer',
+           'bundled_file', 'load_me5_small_q4', 'load_use_multilingual_v3', 'encoder_config', 'check_encoder_name',
+           'no_file_bars', 'load_backbone', 'check_pooling', 'load_encoder']
 
 # %% ../nbs/03_encoders.ipynb #2044ead9
 import json
@@ -346,7 +346,7 @@ class UseConfig(PreTrainedConfig):
     norm_eps: float = 1e-6
     pad_token_id: int | None = 0
 
-
+# %% ../nbs/03_encoders.ipynb #fe1564a9
 class UseModel(PreTrainedModel):
     "The convolutional universal sentence encoder: token vectors [n, tokens, 1280] and text vectors [n, 512]."
     config_class = UseConfig

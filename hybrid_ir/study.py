@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TRAINING_LANGUAGES', 'PLANS', 'PAPER_SAMPLERS', 'CLAIMS', 'GAP_CLAIMS', 'Plan', 'selection_file', 'try_settings',
-           'choose_settings', 'core_benchmarks', 'large_benchmarks', 'study_runs', 'report_benchmarks', 'variant_name',
-           'Comparison', 'load_comparison', 'published', 'Claim', 'verdict', 'effect_of', 'for_queries_in', 'judge',
+           'choose_settings', 'study_runs', 'report_benchmarks', 'study_progress', 'variant_name', 'Comparison',
+           'load_comparison', 'published', 'Claim', 'verdict', 'effect_of', 'for_queries_in', 'judge',
            'unseen_languages', 'judge_all', 'all_comparisons', 'alpha_curve', 'in_words', 'gap_answer',
            'ablation_answer']
 
@@ -22,7 +22,7 @@ import hybrid_ir
 from .benchmarks import benchmark_from_pairs
 from .encoders import KNOWN_LANGUAGES, load_encoder
 from .evaluation import Scores, compare, evaluate, seed_values
-from .experiment import Run, RunConfig, complete_runs, slug, write_json
+from .experiment import Run, RunConfig, complete_runs, run_folder, slug, write_json
 from .samplers import SAMPLERS
 from .sources import cache_dir, choose
 from .training import split_pairs, train
@@ -43,7 +43,12 @@ class Plan:
     steps: int  # of a run, at most
     selection_steps: int  # of a run that only serves to choose
     selection_ids: int  # held-out ids to choose on, at most
+    core: tuple[str, ...]  # benchmarks of every run
+    large: tuple[str, ...]  # benchmarks of the first seed of the samplers that the paper compares
+    hybrid_only: tuple[str, ...] = ()  # benchmarks of the first hybrid run
     alphas: tuple[float, ...] = ()  # more values of alpha, beside 0 (cross), 0.5 and 1 (mono)
+    train: str = "parallel_docs"
+    batch_size: int = 100  # pairs
     validate_every: int = 25  # steps
     query_length: int = 32  # tokens read of a question in training
     passage_length: int = 64  # tokens read of a passage in training
@@ -51,7 +56,7 @@ class Plan:
     def config(self, **values) -> RunConfig:
         "A run of this plan."
         shared = dict(
-            encoder=self.encoder, train="parallel_docs", languages=self.languages, batch_size=100, steps=self.steps, validate_every=self.validate_every,
+            encoder=self.encoder, train=self.train, languages=self.languages, batch_size=self.batch_size, steps=self.steps, validate_every=self.validate_every,
             checkpoint_every=self.validate_every, query_length=self.query_length, passage_length=self.passage_length, dropout=0.0)  # fmt: skip
         return RunConfig(**{**shared, **values})
 
@@ -60,10 +65,12 @@ PLANS = {
     "use-multilingual-v3": Plan(
         "use-multilingual-v3", tuple(language for language in TRAINING_LANGUAGES if language != "hi"), ("english", "mixed", "mono", "cross", "hybrid"), (0, 1, 2),
         learning_rates=(1e-4, 3e-4, 1e-3), temperatures=(0.02, 0.05, 0.1), steps=150, selection_steps=75, selection_ids=1000, alphas=(0.25, 0.75),
+        core=("xquad_r:known", "mlqa_r:known", "xm3600:known", "xquad_r", "mlqa_r"), large=("xm3600", "miracl:yo", "miracl_pool:known"), hybrid_only=("xquad_r:known:context",),
     ),
     "me5-small-q4": Plan(
         "me5-small-q4", TRAINING_LANGUAGES, ("mono", "cross", "hybrid"), (0,),
         learning_rates=(1e-5, 3e-5, 1e-4), temperatures=(0.01, 0.02, 0.05), steps=100, selection_steps=25, selection_ids=200,
+        core=("xquad_r", "mlqa_r"), large=("xm3600", "miracl:yo"), hybrid_only=("xquad_r:context",),
     ),
 }  # fmt: skip
 
@@ -111,35 +118,37 @@ def choose_settings(plan: Plan, reports: str | Path = "reports", progress: bool 
 PAPER_SAMPLERS = ("mono", "cross", "hybrid")
 
 
-def core_benchmarks(plan: Plan) -> tuple[str, ...]:
-    "The benchmarks of every run."
-    if plan.encoder in KNOWN_LANGUAGES:
-        return ("xquad_r:known", "mlqa_r:known", "xm3600:known", "xquad_r", "mlqa_r")
-    return ("xquad_r", "mlqa_r")
-
-
-def large_benchmarks(plan: Plan, sampler: str) -> tuple[str, ...]:
-    "The benchmarks of the first seed of the samplers that the paper compares."
-    known = ":known" if plan.encoder in KNOWN_LANGUAGES else ""
-    context = (f"xquad_r{known}:context",) if sampler == "hybrid" else ()
-    return (*context, "xm3600", "miracl:yo", *(("miracl_pool:known",) if known else ()))
-
-
 def study_runs(plan: Plan, settings: dict) -> list[RunConfig]:
     "The runs of a plan in the order in which they are computed; a configuration comes back when it gets more benchmarks."
-    core = dict(settings, benchmarks=core_benchmarks(plan))
+    core = dict(settings, benchmarks=plan.core)
     runs = [plan.config(sampler=sampler, seed=plan.seeds[0], **core) for sampler in reversed(plan.samplers)]
     runs += [plan.config(sampler="hybrid", unique_ids=False, seed=plan.seeds[0], **core)]
     runs += [plan.config(sampler="hybrid", alpha=alpha, seed=plan.seeds[0], **core) for alpha in plan.alphas]
-    runs += [plan.config(sampler=sampler, seed=plan.seeds[0], **settings, benchmarks=large_benchmarks(plan, sampler)) for sampler in reversed(plan.samplers) if sampler in PAPER_SAMPLERS]
+    for sampler in [sampler for sampler in reversed(plan.samplers) if sampler in PAPER_SAMPLERS]:
+        runs += [plan.config(sampler=sampler, seed=plan.seeds[0], **settings, benchmarks=(*plan.hybrid_only, *plan.large) if sampler == "hybrid" else plan.large)]
     return runs + [plan.config(sampler=sampler, seed=seed, **core) for seed in plan.seeds[1:] for sampler in reversed(plan.samplers)]
 
 # %% ../nbs/12_study.ipynb #f2c29879
 def report_benchmarks(encoder: str, reports: str | Path = "reports") -> list[str]:
     "The benchmarks of an encoder that have runs of the study to show."
     plan = PLANS[encoder]
-    wanted = list(dict.fromkeys([*core_benchmarks(plan), *(name for sampler in plan.samplers for name in large_benchmarks(plan, sampler))]))
-    return [name for name in wanted if (Path(reports) / slug(encoder) / "untouched" / slug(name) / "metrics.json").exists()]
+    return [name for name in (*plan.core, *plan.hybrid_only, *plan.large) if (Path(reports) / slug(encoder) / "untouched" / slug(name) / "metrics.json").exists()]
+
+# %% ../nbs/12_study.ipynb #28b38449
+def study_progress(reports: str | Path = "reports") -> pd.DataFrame:
+    "For each encoder: the runs of the plan, the trained ones, and on each benchmark the runs that have scores, of those that should."
+    rows = {}
+    for encoder, plan in PLANS.items():
+        chosen = selection_file(encoder, reports)
+        settings = json.loads(chosen.read_text()).get("chosen") if chosen.exists() else None
+        runs = study_runs(plan, settings or {})
+        planned, complete = {(config.key, name) for config in runs for name in config.benchmarks}, {}
+        for config in runs if settings else []:
+            for name in config.benchmarks:
+                complete[config.key, name] = (run_folder(config, reports) / slug(name) / "metrics.json").exists()
+        rows[encoder] = {"runs planned": len({config.key for config in runs}), "trained": len({config.key for config in runs if settings and (run_folder(config, reports) / "metrics.json").exists()})}
+        rows[encoder] |= {name: f"{sum(done for (_, of), done in complete.items() if of == name)} of {sum(of == name for _, of in planned)}" for name in (*plan.core, *plan.hybrid_only, *plan.large)}
+    return pd.DataFrame(rows).fillna("")
 
 # %% ../nbs/12_study.ipynb #2bef6c62
 def variant_name(config: RunConfig) -> str:
@@ -258,16 +267,16 @@ def judge(claim: Claim, comparison: Comparison, languages: tuple[str, ...] | Non
 
 
 def unseen_languages(encoder: str, benchmark_languages) -> tuple[str, ...]:
-    "The languages of a benchmark that the encoder was not trained on here."
-    return tuple(language for language in benchmark_languages if language not in PLANS[encoder].languages)
+    "The languages of a benchmark that the encoder knows, but was not trained on here."
+    known = KNOWN_LANGUAGES.get(encoder, benchmark_languages)
+    return tuple(language for language in benchmark_languages if language in known and language not in PLANS[encoder].languages)
 
 
 def judge_all(comparison: Comparison) -> list[dict]:
-    "Every claim that a comparison can decide: on all questions, on those in unseen languages (XQuAD-R and MLQA-R with all languages), and the gap."
-    languages = comparison.scores["untouched"][0].info["languages"]
+    "Every claim that a comparison can decide: on all questions, on those in unseen languages, and the gap."
     found = [judge(claim, comparison) for claim in (*CLAIMS, *GAP_CLAIMS)]
-    if comparison.benchmark in ("xquad_r", "mlqa_r") and unseen_languages(comparison.encoder, languages):
-        found += [judge(claim, comparison, unseen_languages(comparison.encoder, languages)) for claim in CLAIMS]
+    unseen = unseen_languages(comparison.encoder, comparison.scores["untouched"][0].info["languages"])
+    found += [judge(claim, comparison, unseen) for claim in CLAIMS if unseen]
     return [row for row in found if row]
 
 

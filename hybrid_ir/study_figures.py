@@ -6,8 +6,8 @@
 __all__ = ['COLOURS', 'PANELS', 'VERDICT_COLOURS', 'colour_of', 'panels_of', 'pooled_estimate', 'seed_means', 'comparison_table',
            'comparison_plot', 'seeds_table', 'stars', 'difference_table', 'language_differences',
            'language_difference_map', 'mean_by_language', 'comparison_maps', 'mean_bias', 'comparison_bias_plot',
-           'language_group_table', 'published_plot', 'validation_plot', 'runs_table', 'claims_table', 'claims_plot',
-           'alpha_plot', 'gap_plot']
+           'language_group_table', 'published_plot', 'validation_plot', 'runs_table', 'claims_table', 'verdict_grid',
+           'claims_plot', 'alpha_plot', 'gap_plot']
 
 # %% ../nbs/13_study_figures.ipynb #0728a964
 import matplotlib.pyplot as plt
@@ -254,6 +254,15 @@ def claims_table(rows: list[dict]) -> pd.DataFrame:
         "effect": f"{row['effect']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]", "bound": f"> {row['bound']:g}", "seeds": row["seeds"], "verdict": row["verdict"],
     } for row in rows])  # fmt: skip
     return table.set_index(["claim", "encoder", "benchmark"])
+
+
+def verdict_grid(rows: list[dict], benchmarks: dict[str, str]) -> pd.DataFrame:
+    "Claims by encoder and benchmark (spelling: title): verdict and effect, for all questions."
+    cells = {}
+    for row in rows:
+        if row["languages"] == "all" and row["benchmark"] in benchmarks:
+            cells.setdefault(row["text"], {})[row["encoder"], benchmarks[row["benchmark"]]] = f"{row['verdict']} ({row['effect']:+.3f})"
+    return pd.DataFrame(cells).T.fillna("").rename_axis(index="claim", columns=["encoder", "benchmark"])
 
 
 def claims_plot(rows: list[dict]) -> Figure:

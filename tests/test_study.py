@@ -1,0 +1,177 @@
+"""The study: settings are chosen once, the matrix can be stopped and continued, verdicts follow from intervals, reports from run folders."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import nbformat
+import numpy as np
+import pandas as pd
+import papermill
+import pytest
+from conftest import ROOT
+from tiny import save_tiny
+
+from hybrid_ir import study, study_figures
+from hybrid_ir.experiment import is_complete, run
+from hybrid_ir.study import CLAIMS, GAP_CLAIMS, PLANS, Plan, choose_settings, judge, judge_all, load_comparison, study_runs, verdict
+
+REPORTS = ROOT / "reports"
+CORE = "sample:de+el+en+th"
+
+
+@pytest.fixture(scope="module")
+def small_study(tmp_path_factory):
+    "A whole study with a tiny encoder on the sample: (name of the encoder, folder of reports)."
+    folder = tmp_path_factory.mktemp("study")
+    encoder = str(save_tiny(folder / "tiny-bert"))
+    plan = Plan(
+        encoder, ("de", "en", "th"), ("mono", "cross", "hybrid"), (0, 1), learning_rates=(1e-3, 3e-3), temperatures=(0.05, 0.1), steps=4, selection_steps=2, selection_ids=6,
+        core=(CORE,), large=("sample:de+en",), alphas=(0.25,), train="sample", batch_size=6, validate_every=2, query_length=16, passage_length=32)  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HYBRID_IR_CACHE", str(folder / "cache"))
+        patch.setitem(PLANS, encoder, plan)
+        settings = choose_settings(plan, folder, progress=False)
+        for config in study_runs(plan, settings):
+            run(config, folder, progress=False)
+        yield encoder, folder
+
+
+def test_settings_are_chosen_once_and_trial_by_trial(small_study, monkeypatch, tmp_path):
+    encoder, folder = small_study
+    found = json.loads(study.selection_file(encoder, folder).read_text())
+    assert len(found["trials"]) == 3, "two learning rates at the middle temperature, and one more temperature"
+    best = max(found["trials"], key=lambda trial: trial["mean"])
+    assert found["chosen"] == {name: best[name] for name in ("learning_rate", "temperature")}
+    assert all(trial["mean"] == pytest.approx(np.mean([trial[task] for task in ("mono", "cross", "multi")]), abs=1e-4) for trial in found["trials"])
+    monkeypatch.setattr(study, "try_settings", lambda *arguments: pytest.fail("tried again"))
+    assert choose_settings(PLANS[encoder], folder) == found["chosen"]
+    calls = []
+
+    def stop_at_second(plan, rate, temperature, progress):
+        calls.append((rate, temperature))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return {"learning_rate": rate, "temperature": temperature, "mean": rate}
+
+    monkeypatch.setattr(study, "try_settings", stop_at_second)
+    with pytest.raises(KeyboardInterrupt):
+        choose_settings(PLANS[encoder], tmp_path)
+    assert choose_settings(PLANS[encoder], tmp_path)["learning_rate"] == 3e-3
+    assert calls == [(1e-3, 0.1), (3e-3, 0.1), (3e-3, 0.1), (3e-3, 0.05)], "the first trial was not repeated"
+
+
+def test_the_matrix():
+    for plan in (PLANS["use-multilingual-v3"], PLANS["me5-small-q4"]):
+        runs = study_runs(plan, {"learning_rate": 1e-4, "temperature": 0.05})
+        assert {(config.batch_size, config.train, config.heldout, config.languages) for config in runs} == {(100, "parallel_docs", 0.1, plan.languages)}
+        assert not {"el", "vi"} & set(plan.languages)
+        usual = {(config.sampler, config.seed) for config in runs if config.unique_ids and config.alpha == 0.5}
+        assert usual == {(sampler, seed) for sampler in plan.samplers for seed in plan.seeds}
+        assert sum(not config.unique_ids for config in set(runs)) == 1
+    runs = study_runs(PLANS["use-multilingual-v3"], {})
+    assert {config.alpha for config in runs if config.sampler == "hybrid"} == {0.25, 0.5, 0.75} and len(PLANS["use-multilingual-v3"].seeds) == 3
+    wide = {config.sampler: set(config.benchmarks) for config in runs if "xm3600" in config.benchmarks}
+    assert set(wide) == {"mono", "cross", "hybrid"} and wide["hybrid"] > wide["mono"] >= {"miracl:yo", "miracl_pool:known"}
+
+
+def test_a_small_study_from_end_to_end(small_study):
+    encoder, folder = small_study
+    plan = PLANS[encoder]
+    assert all(is_complete(config, folder) for config in study_runs(plan, json.loads(study.selection_file(encoder, folder).read_text())["chosen"]))
+    assert study.report_benchmarks(encoder, folder) == [CORE, "sample:de+en"]
+    comparison = load_comparison(encoder, CORE, folder)
+    assert {name: len(seeds) for name, seeds in comparison.scores.items()} == {"untouched": 1, "mono": 2, "cross": 2, "hybrid": 2, "hybrid, alpha 0.25": 1, "hybrid, ids may repeat": 1}
+    rows = judge_all(comparison)
+    assert [row["claim"] for row in rows] == [claim.key for claim in (*CLAIMS, *GAP_CLAIMS, *CLAIMS)]
+    assert [row["languages"] for row in rows] == ["all"] * 8 + [["el"]] * 5
+    for row in rows:
+        assert row["low"] <= row["effect"] <= row["high"] and row["verdict"] == verdict(row["low"], row["high"], row["bound"]) and row["seeds"] == 2
+        assert len(row["runs"]) == (2 if row["against"] == "untouched" else 4)
+    difference = comparison.scores["hybrid"][0].summary().loc["multi", "map"] + comparison.scores["hybrid"][1].summary().loc["multi", "map"]
+    difference -= comparison.scores["mono"][0].summary().loc["multi", "map"] + comparison.scores["mono"][1].summary().loc["multi", "map"]
+    assert next(row["effect"] for row in rows if row["claim"] == "multi") == pytest.approx(difference / 2, abs=1e-3)
+    curve = study.alpha_curve(comparison)
+    assert list(curve) == [0.0, 0.25, 0.5, 1.0] and {len(seeds) for seeds in curve.values()} == {1}, "only the seed that all values of alpha have"
+    assert "repeated ids in 4 batches of 6" in study.ablation_answer([comparison])
+    assert list(load_comparison(encoder, "sample:de+en", folder).samplers) == ["untouched", "mono", "cross", "hybrid"]
+    with pytest.raises(FileNotFoundError, match="no run of the study"):
+        load_comparison(encoder, "xquad_r", folder)
+
+
+def test_every_figure_of_a_report(small_study):
+    comparison = load_comparison(small_study[0], CORE, small_study[1])
+    scores = comparison.samplers
+    for figure in (
+        study_figures.comparison_plot(scores), study_figures.language_difference_map(scores), study_figures.comparison_maps(scores), study_figures.comparison_bias_plot(scores),
+        study_figures.published_plot(scores, study.published().query("benchmark == 'xquad_r'"), "ours"), study_figures.validation_plot(comparison.runs), study_figures.gap_plot({"x": scores}),
+        study_figures.alpha_plot(study.alpha_curve(comparison)), study_figures.claims_plot(judge_all(comparison)),
+    ):  # fmt: skip
+        figure.canvas.draw()
+    assert list(study_figures.comparison_table(scores).index) == ["untouched", "mono", "cross", "hybrid"]
+    assert len(study_figures.seeds_table(scores)) == 15 and len(study_figures.runs_table(comparison.runs)) == 8
+    table = study_figures.language_group_table(scores, {"trained": ("de", "en", "th"), "not trained": ("el",)})
+    expected = comparison.scores["untouched"][0].by_language("map").loc["el", "el"]
+    assert table.loc["untouched", ("not trained", "mono")] == pytest.approx(expected, abs=2e-3)
+
+
+def test_unseen_languages_are_judged_by_their_queries_only(small_study):
+    comparison = load_comparison(small_study[0], CORE, small_study[1])
+    row = judge(CLAIMS[0], comparison, ("el",))
+    means = {name: np.mean([scores.by_language("map").loc["el", "el"] for scores in seeds]) for name, seeds in comparison.samplers.items()}
+    assert row["hybrid"] == pytest.approx(means["hybrid"], abs=2e-3) and row["other"] == pytest.approx(max(means["mono"], means["cross"]), abs=2e-3)
+    assert study.unseen_languages("me5-small-q4", ["de", "el", "en", "vi"]) == ("el", "vi")
+    assert study.unseen_languages("use-multilingual-v3", ["de", "el", "fr", "hi"]) == ("fr",)
+
+
+def test_verdicts():
+    assert [verdict(*case) for case in ((0.1, 0.2, 0.0), (-0.2, -0.1, 0.0), (-0.1, 0.1, 0.0), (float("nan"), 1.0, 0.0))] == ["reproduced", "not reproduced", "not decidable", "not decidable"]
+    row = pd.Series({"second": 400.0, "difference": -100.0, "low": -120.0, "high": -80.0})
+    assert study.effect_of(CLAIMS[-1], row) == (0.25, 0.2, 0.3)
+    assert study.effect_of(GAP_CLAIMS[0], row * [1, 0.001, 0.001, 0.001]) == pytest.approx((0.1, 0.08, 0.12))
+    assert study.effect_of(replace(CLAIMS[0]), row) == (-100.0, -120.0, -80.0)
+
+
+# ---------------------------------------------------------------- the study in the repository
+
+
+def study_comparisons():
+    return [(encoder, benchmark) for encoder in PLANS for benchmark in study.report_benchmarks(encoder, REPORTS)]
+
+
+def test_summary_and_reports_are_there_and_follow_from_the_runs():
+    rows = json.loads((REPORTS / "summary.json").read_text())["claims"]
+    assert (REPORTS / "summary.ipynb").exists() and {row["encoder"] for row in rows} <= set(PLANS)
+    assert {"claim", "encoder", "benchmark", "effect", "low", "high", "verdict", "runs"} <= set(rows[0])
+    for row in rows:
+        assert row["verdict"] == verdict(row["low"], row["high"], row["bound"])
+        assert all((REPORTS / folder / "metrics.json").exists() for folder in row["runs"])
+    encoder, benchmark = "use-multilingual-v3", "mlqa_r:known"
+    again = judge_all(load_comparison(encoder, benchmark, REPORTS))
+    saved = [row for row in rows if (row["encoder"], row["benchmark"]) == (encoder, benchmark)]
+    assert [(row["claim"], row["verdict"], row["runs"]) for row in again] == [(row["claim"], row["verdict"], row["runs"]) for row in saved]
+    assert [row["effect"] for row in again] == pytest.approx([row["effect"] for row in saved], abs=1e-6)
+    for encoder, benchmark in study_comparisons():
+        assert (REPORTS / study.slug(encoder) / f"{study.slug(benchmark)}.ipynb").exists(), f"no report of {encoder} on {benchmark}: make reports"
+
+
+def test_run_folders_are_small_and_without_weights():
+    files = [path for path in REPORTS.rglob("*") if path.is_file() and path.suffix != ".ipynb"]
+    assert sum(path.stat().st_size for path in files) < 20e6
+    assert not [path for path in files if path.suffix not in (".json", ".jsonl", ".parquet")]
+
+
+def test_the_report_notebook(tmp_path):
+    papermill.execute_notebook(str(ROOT / "nbs" / "report.ipynb"), str(tmp_path / "out.ipynb"), parameters={"benchmark": "mlqa_r:known", "reports": str(REPORTS)}, progress_bar=False)
+    outputs = [output for cell in nbformat.read(tmp_path / "out.ipynb", as_version=4).cells if cell.cell_type == "code" for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 6
+
+
+def test_the_study_command_lists_the_matrix():
+    done = subprocess.run([sys.executable, str(ROOT / "tools" / "study.py"), "--list", "--encoder", "use-multilingual-v3"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "hybrid, alpha 0.25, seed 0" in done.stdout and "hybrid, ids may repeat" in done.stdout and done.stdout.splitlines()[-1].endswith("complete")
+    wrong = subprocess.run([sys.executable, str(ROOT / "tools" / "study.py"), "--encoder", "me5"], capture_output=True, text=True)
+    assert wrong.returncode == 2 and "use-multilingual-v3" in wrong.stderr
