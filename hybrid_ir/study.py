@@ -6,7 +6,7 @@
 __all__ = ['TRAINING_LANGUAGES', 'PLANS', 'PAPER_SAMPLERS', 'CLAIMS', 'GAP_CLAIMS', 'Plan', 'selection_file', 'try_settings',
            'choose_settings', 'study_runs', 'report_benchmarks', 'study_progress', 'variant_name', 'Comparison',
            'load_comparison', 'published', 'Claim', 'verdict', 'effect_of', 'for_queries_in', 'judge',
-           'unseen_languages', 'judge_all', 'all_comparisons', 'alpha_curve', 'in_words', 'gap_answer',
+           'unseen_languages', 'judge_all', 'all_comparisons', 'alpha_curve', 'narrowing_in_words', 'gap_answer',
            'ablation_answer']
 
 # %% ../nbs/12_study.ipynb #3efa6b0c
@@ -301,25 +301,24 @@ def alpha_curve(comparison: Comparison) -> dict[float, list[Scores]]:
     return {alpha: [run.after[comparison.benchmark] for run in runs[alpha] if run.config.seed in shared] for alpha in sorted(runs) if shared}
 
 
-def in_words(row: dict) -> str:
-    "An effect with its interval, in points of mAP."
-    return f"{100 * row['effect']:.1f} points of mAP [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
+def narrowing_in_words(row: dict) -> str:
+    "An effect on the gap with its interval, in points of mAP."
+    value, low, high = 100 * row["effect"], 100 * row["low"], 100 * row["high"]
+    return f"narrower by {value:.1f} points of mAP [{low:.1f}, {high:.1f}]" if value >= 0 else f"wider by {-value:.1f} points of mAP [{-high:.1f}, {-low:.1f}]"
 
 
 def gap_answer(rows: list[dict]) -> str:
     "The answer to the question of this study, from the rows of `judge_all` on XM3600."
-    lines = []
+    answers, lines = {"reproduced": "Yes", "not reproduced": "No", "not decidable": "Not decidable"}, []
     for encoder, benchmark in dict.fromkeys((row["encoder"], row["benchmark"]) for row in rows if row["benchmark"].startswith("xm3600")):
         found = {row["claim"]: row for row in rows if (row["encoder"], row["benchmark"]) == (encoder, benchmark) and row["claim"].startswith("gap")}
         if len(found) < len(GAP_CLAIMS):
             lines.append(f"**{encoder}, {benchmark}**: not all runs are complete.")
             continue
-        answers = {"reproduced": "Yes", "not reproduced": "No", "not decidable": "Not decidable"}
         start, mono, cross = (found[claim.key] for claim in GAP_CLAIMS)
         lines.append(
-            f"**{encoder}, {benchmark}. {answers[start['verdict']]}.** The gap of the untouched encoder is {start['other']:.3f}; after hybrid training it is {start['hybrid']:.3f}, smaller by {in_words(start)}. "
-            f"Against `mono` hybrid leaves a gap that is smaller by {in_words(mono)} ({answers[mono['verdict']].lower()}, it {'is' if mono['verdict'] == 'reproduced' else 'is not shown to be'} narrower), "
-            f"against `cross` by {in_words(cross)} ({answers[cross['verdict']].lower()}, it {'is' if cross['verdict'] == 'reproduced' else 'is not shown to be'} narrower).")
+            f"**{encoder}, {benchmark}. {answers[start['verdict']]}.** The gap of the untouched encoder is {start['other']:.3f}; after hybrid training it is {start['hybrid']:.3f}, {narrowing_in_words(start)}. "
+            f"That is {narrowing_in_words(mono)} than after `mono` training (a gap of {mono['other']:.3f}), and {narrowing_in_words(cross)} than after `cross` ({cross['other']:.3f}).")
     return "\n\n".join(lines) or "No run has scores on XM3600 yet."
 
 

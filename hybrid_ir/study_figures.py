@@ -16,7 +16,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from .evaluation import Scores, compare, language_table, seed_values
+from .evaluation import Scores, compare, seed_values
 from .experiment import Run, code_hash
 from .figures import language_map, new_figure
 from .metrics import Estimate, bootstrap_interval, seed_summary
@@ -61,7 +61,7 @@ def comparison_table(scores: dict[str, list[Scores]]) -> pd.DataFrame:
 def comparison_plot(scores: dict[str, list[Scores]]) -> Figure:
     "The same as a picture."
     panels = panels_of(scores)
-    figure, axes = new_figure(2.6 + 2.1 * len(panels), 0.9 + 0.34 * len(scores), len(panels), sharey=True, squeeze=False)
+    figure, axes = new_figure(1.2 + 1.7 * len(panels), 0.9 + 0.34 * len(scores), len(panels), sharey=True, squeeze=False)
     for axis, (measure, task, title) in zip(axes[0], panels):
         for place, (name, seeds) in enumerate(scores.items()):
             found = pooled_estimate(seeds, measure, task)
@@ -69,9 +69,9 @@ def comparison_plot(scores: dict[str, list[Scores]]) -> Figure:
             axis.plot(found.value, place, "o", color=colour_of(name), markersize=6)
             if len(seeds) > 1:
                 axis.plot(seed_means(seeds, measure, task), [place + 0.22] * len(seeds), ".", color=colour_of(name), markersize=4)
-        axis.set_title(title, fontsize=9)
+        axis.set_title(title, fontsize=8.5)
         axis.tick_params(labelsize=8)
-        axis.xaxis.set_major_locator(MaxNLocator(4))
+        axis.xaxis.set_major_locator(MaxNLocator(3))
         axis.margins(x=0.12)
     axes[0, 0].set_yticks(range(len(scores)), list(scores), fontsize=9)
     axes[0, 0].set_ylim(len(scores) - 0.4, -0.6)
@@ -293,13 +293,13 @@ def claims_plot(rows: list[dict]) -> Figure:
 def alpha_plot(by_alpha: dict[float, list[Scores]]) -> Figure:
     "The panels over alpha: 0 is `cross`, 1 is `mono`."
     panels = panels_of({str(alpha): seeds for alpha, seeds in by_alpha.items()})
-    figure, axes = new_figure(2.3 * len(panels) + 0.6, 2.6, len(panels), squeeze=False)
+    figure, axes = new_figure(1.85 * len(panels) + 0.4, 2.4, len(panels), squeeze=False)
     alphas = sorted(by_alpha)
     for axis, (measure, task, title) in zip(axes[0], panels):
         found = [pooled_estimate(by_alpha[alpha], measure, task) for alpha in alphas]
         axis.fill_between(alphas, [e.low for e in found], [e.high for e in found], color="#1f6fb4", alpha=0.15)
         axis.plot(alphas, [e.value for e in found], "o-", color="#1f6fb4", markersize=4)
-        axis.set_title(title, fontsize=9)
+        axis.set_title(title, fontsize=8.5)
         axis.set_xticks(alphas)
         axis.tick_params(labelsize=8)
         axis.set_xlabel("alpha", fontsize=8)

@@ -162,7 +162,8 @@ def test_run_folders_are_small_and_without_weights():
     assert not [path for path in files if path.suffix not in (".json", ".jsonl", ".parquet")]
 
 
-def test_the_report_notebook(tmp_path):
+def test_the_report_notebook(tmp_path, monkeypatch):
+    monkeypatch.delenv("MPLBACKEND", raising=False)  # the kernel chooses the one that shows figures
     papermill.execute_notebook(str(ROOT / "nbs" / "report.ipynb"), str(tmp_path / "out.ipynb"), parameters={"benchmark": "mlqa_r:known", "reports": str(REPORTS)}, progress_bar=False)
     outputs = [output for cell in nbformat.read(tmp_path / "out.ipynb", as_version=4).cells if cell.cell_type == "code" for output in cell.outputs]
     assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
