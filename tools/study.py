@@ -13,6 +13,7 @@ os.chdir(ROOT)
 warnings.filterwarnings("ignore", message="IProgress not found")
 os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"
 
+import nbformat  # noqa: E402
 import papermill  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
@@ -28,7 +29,9 @@ def execute(notebook: str, output: Path, parameters: dict, show: bool = True):
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_suffix(".tmp.ipynb")
     streams = {"stderr_file": sys.stderr} if show else {}
-    papermill.execute_notebook(str(ROOT / "nbs" / notebook), str(temporary), parameters=parameters, progress_bar=False, **streams)
+    executed = papermill.execute_notebook(f"nbs/{notebook}", str(temporary), parameters=parameters, progress_bar=False, **streams)
+    executed.metadata.papermill.output_path = output.as_posix()
+    nbformat.write(executed, temporary)
     temporary.replace(output)
 
 
