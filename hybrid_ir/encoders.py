@@ -529,9 +529,9 @@ def load_backbone(name: str, pooling: str) -> nn.Module:
 
 def check_pooling(name: str, backbone: nn.Module, pooling: str):
     "Raise `ValueError` for a pooling that the network cannot serve."
-    if isinstance(backbone, UseModel) != (pooling == "pooler") and (isinstance(backbone, UseModel) or getattr(backbone, "pooler", None) is None):
-        valid = "pooler" if isinstance(backbone, UseModel) else "mean, cls"
-        raise ValueError(f"encoder {name!r} cannot be pooled by {pooling!r}; valid: {valid}")
+    valid = ("pooler",) if isinstance(backbone, UseModel) else POOLINGS if getattr(backbone, "pooler", None) is not None else ("mean", "cls")
+    if pooling not in valid:
+        raise ValueError(f"encoder {name!r} cannot be pooled by {pooling!r}; valid: {', '.join(valid)}")
 
 
 def load_encoder(

@@ -525,7 +525,7 @@ def evaluate(
     measures=MEASURES,  # names of measures: map, mrr@k, ndcg@k, recall@k
     k: int = 100,  # passages kept for each query, for TREC runs; 0 for none
     share_at: int = 10,  # passages looked at for the same-language share
-    memory: int = 32 * 2**20,  # bytes for one block of scores
+    memory: int = retrieval.BLOCK_MEMORY,  # bytes for one block of scores
     device=None,  # where scores are computed; None: a GPU if there is one
     progress: bool = True,  # show progress bars
     **encode_options,  # passed on to the encoder: token_budget, batch_size, ...

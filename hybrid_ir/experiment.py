@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['COMPUTING_MODULES', 'PACKAGES', 'BenchmarkChoice', 'parse_benchmark', 'RunConfig', 'bare_source', 'code_hash',
            'processor_name', 'environment', 'write_json', 'slug', 'run_folder', 'checkpoint_folder', 'open_run_folder',
-           'untouched_folder', 'rows_of', 'select', 'evaluate_missing', 'Run', 'read_run', 'trained_encoder',
-           'is_complete', 'run', 'check_data', 'evaluated', 'complete_runs']
+           'untouched_folder', 'rows_of', 'select', 'evaluate_missing', 'Run', 'read_run', 'training_batches',
+           'trained_encoder', 'is_complete', 'run', 'evaluated', 'complete_runs']
 
 # %% ../nbs/10_experiment.ipynb #b7a00a13
 import ast
 import hashlib
 import json
-import os
 import platform
 import re
 import shutil
@@ -20,6 +19,7 @@ import time
 import warnings
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
+from functools import cache
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -33,7 +33,7 @@ from .benchmarks import BENCHMARKS, Benchmark, load_benchmark
 from .encoders import KNOWN_LANGUAGES, Encoder, check_encoder_name, choose_device, choose_precision, load_encoder
 from .evaluation import Scores, embed, score_embeddings, write_whole
 from .pairs import ParallelPairs, load_pairs
-from .samplers import SAMPLERS, composition
+from .samplers import SAMPLERS, BatchSampler, composition
 from .sources import cache_dir, choose, choose_all
 from .training import TrainingOptions, build_sampler, checkpoints, split_pairs, train, training_options
 
@@ -100,6 +100,10 @@ class RunConfig(TrainingOptions):
         "The training pairs, in the training languages."
         return load_pairs(list(self.train) if isinstance(self.train, tuple) else self.train, self.languages)
 
+    def load_encoder(self, folder: str | Path | None = None) -> Encoder:
+        "The untouched encoder, or the one saved in `folder`, with the device and precision of this run."
+        return load_encoder(str(folder or self.encoder), device=self.device, precision=self.precision)
+
     def options(self) -> TrainingOptions:
         "The part that `train` takes."
         return training_options(**{field.name: getattr(self, field.name) for field in fields(TrainingOptions)})
@@ -109,6 +113,7 @@ COMPUTING_MODULES = ("pairs", "benchmarks", "encoders", "samplers", "losses", "t
 PACKAGES = ("hybrid_ir", "torch", "transformers", "tokenizers", "accelerate", "datasets", "numpy", "scipy")
 
 
+@cache
 def bare_source(source: str) -> str:
     "Python source without comments and docstrings."
     tree = ast.parse(source)
@@ -198,7 +203,7 @@ def evaluate_missing(config: RunConfig, encoder: Encoder, folders: dict[str, Pat
     "Compute and save the scores of each benchmark whose folder has none; benchmarks of the same texts are encoded together."
     missing = {text: parse_benchmark(text) for text, folder in folders.items() if not (folder / "metrics.json").exists()}
     for source in dict.fromkeys((choice.name, choice.context) for choice in missing.values()):
-        started, everything = time.time(), load_benchmark(source[0], **({"context": True} if source[1] else {}))
+        started, everything = time.time(), load_benchmark(source[0], context=source[1])
         parts = {text: choice.of(everything.languages, config.encoder) for text, choice in missing.items() if (choice.name, choice.context) == source}
         whole = select(everything, {language for languages in parts.values() for language in languages})
         vectors = [embed(encoder, table["text"], kind, progress) for table, kind in ((whole.queries, "query"), (whole.passages, "passage"))]
@@ -227,7 +232,7 @@ class Run:
         folder = checkpoint_folder(self.config) / "encoder"
         if not folder.exists():
             raise FileNotFoundError(f"{folder} does not exist: the weights stay on the machine that trained them; delete {self.folder} and run again")
-        return load_encoder(str(folder), device=self.config.device, precision=self.config.precision)
+        return self.config.load_encoder(folder)
 
 
 def read_run(config: RunConfig, reports: str | Path = "reports") -> Run:
@@ -242,17 +247,23 @@ def read_run(config: RunConfig, reports: str | Path = "reports") -> Run:
     return Run(config, folder, metrics, found, log, before, after)
 
 # %% ../nbs/10_experiment.ipynb #24d418ca
+def training_batches(pairs: ParallelPairs, options: TrainingOptions) -> tuple[ParallelPairs, BatchSampler]:
+    "The pairs that are trained on and the batches drawn from them; raises `ValueError` if they cannot serve the sampler."
+    training = split_pairs(pairs, options)[0]
+    return training, build_sampler(training, options, options.batch_size, options.seed)
+
+
 def trained_encoder(config: RunConfig, folder: Path, progress: bool) -> Encoder:
     "The encoder of a run: read from the cache, else trained; writes the log and `metrics.json` of the run."
     started, weights, device = time.time(), checkpoint_folder(config), choose_device(config.device)
     if (weights / "encoder" / "hybrid_ir.json").exists() and (folder / "metrics.json").exists():
-        return load_encoder(str(weights / "encoder"), device=config.device, precision=config.precision)
+        return config.load_encoder(weights / "encoder")
     pairs, options = config.load_pairs(), config.options()
-    training = split_pairs(pairs, options)[0]
-    drawn = composition(islice(build_sampler(training, options, options.batch_size, options.seed), options.steps), training)
+    training, sampler = training_batches(pairs, options)
+    drawn = composition(islice(sampler, options.steps), training)
     if not (folder / "metrics.json").exists():
         open_run_folder(config, folder, environment(device, choose_precision(config.precision, device)))
-    encoder = load_encoder(config.encoder, device=config.device, precision=config.precision)
+    encoder = config.load_encoder()
     result = train(encoder, pairs, folder=weights, progress=progress, **asdict(options))
     encoder.save(weights / "encoder")
     result.log.to_json(folder / "train_log.jsonl", orient="records", lines=True)
@@ -265,7 +276,7 @@ def trained_encoder(config: RunConfig, folder: Path, progress: bool) -> Encoder:
     (weights / "best.safetensors").unlink(missing_ok=True)
     return encoder
 
-
+# %% ../nbs/10_experiment.ipynb #f96bdc1c
 def is_complete(config: RunConfig, reports: str | Path = "reports") -> bool:
     "Whether the run is trained, and evaluated on all its benchmarks before and after."
     folder = run_folder(config, reports)
@@ -283,18 +294,12 @@ def run(
         folder = run_folder(config, reports)
         before = {name: untouched_folder(config, name, reports) for name in config.benchmarks}
         if not all((place / "metrics.json").exists() for place in before.values()):
-            check_data(config)
-            evaluate_missing(config, load_encoder(config.encoder, device=config.device, precision=config.precision), before, progress)
+            training_batches(config.load_pairs(), config.options())  # pairs that cannot serve the sampler fail before anything slow starts
+            evaluate_missing(config, config.load_encoder(), before, progress)
         encoder = trained_encoder(config, folder, progress)
         evaluate_missing(config, encoder, {name: folder / slug(name) for name in config.benchmarks}, progress)
         write_json(folder / "config.json", asdict(config) | {"benchmarks": sorted({*evaluated(folder), *config.benchmarks})})
     return read_run(config, reports)
-
-
-def check_data(config: RunConfig):
-    "Raise an error if the training pairs cannot serve the sampler, before anything slow starts."
-    options = config.options()
-    build_sampler(split_pairs(config.load_pairs(), options)[0], options, options.batch_size, options.seed)
 
 # %% ../nbs/10_experiment.ipynb #d348634e
 def evaluated(folder: Path) -> list[str]:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TRAINING_LANGUAGES', 'PLANS', 'PAPER_SAMPLERS', 'CLAIMS', 'GAP_CLAIMS', 'Plan', 'selection_file', 'try_settings',
-           'choose_settings', 'study_runs', 'report_benchmarks', 'study_progress', 'variant_name', 'Comparison',
-           'load_comparison', 'published', 'Claim', 'verdict', 'effect_of', 'for_queries_in', 'judge',
+           'chosen_settings', 'choose_settings', 'study_runs', 'report_benchmarks', 'study_progress', 'variant_name',
+           'Comparison', 'load_comparison', 'published', 'Claim', 'verdict', 'effect_of', 'for_queries_in', 'judge',
            'unseen_languages', 'judge_all', 'all_comparisons', 'alpha_curve', 'narrowing_in_words', 'gap_answer',
            'ablation_answer']
 
@@ -53,6 +53,11 @@ class Plan:
     query_length: int = 32  # tokens read of a question in training
     passage_length: int = 64  # tokens read of a passage in training
 
+    @property
+    def benchmarks(self) -> tuple[str, ...]:
+        "All benchmarks of the plan."
+        return (*self.core, *self.hybrid_only, *self.large)
+
     def config(self, **values) -> RunConfig:
         "A run of this plan."
         shared = dict(
@@ -91,6 +96,12 @@ def try_settings(plan: Plan, learning_rate: float, temperature: float, progress:
     return {"learning_rate": learning_rate, "temperature": temperature, **scores.round(5).to_dict(), "mean": round(float(scores.mean()), 5), "best_step": result.best_step, "heldout_ids": heldout.n_ids}
 
 
+def chosen_settings(encoder: str, reports: str | Path = "reports") -> dict | None:
+    "Learning rate and temperature as `selection.json` has them; None where they are not chosen yet."
+    path = selection_file(encoder, reports)
+    return json.loads(path.read_text()).get("chosen") if path.exists() else None
+
+
 def choose_settings(plan: Plan, reports: str | Path = "reports", progress: bool = True) -> dict:
     "Learning rate and temperature of an encoder: read from `selection.json`, else tried out and written there, one trial at a time."
     path = selection_file(plan.encoder, reports)
@@ -121,35 +132,35 @@ PAPER_SAMPLERS = ("mono", "cross", "hybrid")
 def study_runs(plan: Plan, settings: dict) -> list[RunConfig]:
     "The runs of a plan in the order in which they are computed; a configuration comes back when it gets more benchmarks."
     core = dict(settings, benchmarks=plan.core)
-    runs = [plan.config(sampler=sampler, seed=plan.seeds[0], **core) for sampler in reversed(plan.samplers)]
-    runs += [plan.config(sampler="hybrid", unique_ids=False, seed=plan.seeds[0], **core)]
+
+    def of_seed(seed: int) -> list[RunConfig]:
+        return [plan.config(sampler=sampler, seed=seed, **core) for sampler in reversed(plan.samplers)] + [plan.config(sampler="hybrid", unique_ids=False, seed=seed, **core)]
+
+    runs = of_seed(plan.seeds[0])
     runs += [plan.config(sampler="hybrid", alpha=alpha, seed=plan.seeds[0], **core) for alpha in plan.alphas]
     for sampler in [sampler for sampler in reversed(plan.samplers) if sampler in PAPER_SAMPLERS]:
         runs += [plan.config(sampler=sampler, seed=plan.seeds[0], **settings, benchmarks=(*plan.hybrid_only, *plan.large) if sampler == "hybrid" else plan.large)]
-    for seed in plan.seeds[1:]:
-        runs += [plan.config(sampler=sampler, seed=seed, **core) for sampler in reversed(plan.samplers)] + [plan.config(sampler="hybrid", unique_ids=False, seed=seed, **core)]
-    return runs
+    return runs + [config for seed in plan.seeds[1:] for config in of_seed(seed)]
 
 # %% ../nbs/12_study.ipynb #f2c29879
 def report_benchmarks(encoder: str, reports: str | Path = "reports") -> list[str]:
     "The benchmarks of an encoder that have runs of the study to show."
-    plan = PLANS[encoder]
-    return [name for name in (*plan.core, *plan.hybrid_only, *plan.large) if (Path(reports) / slug(encoder) / "untouched" / slug(name) / "metrics.json").exists()]
+    return [name for name in PLANS[encoder].benchmarks if (Path(reports) / slug(encoder) / "untouched" / slug(name) / "metrics.json").exists()]
 
 # %% ../nbs/12_study.ipynb #28b38449
 def study_progress(reports: str | Path = "reports") -> pd.DataFrame:
     "For each encoder: the runs of the plan, the trained ones, and on each benchmark the runs that have scores, of those that should."
     rows = {}
     for encoder, plan in PLANS.items():
-        chosen = selection_file(encoder, reports)
-        settings = json.loads(chosen.read_text()).get("chosen") if chosen.exists() else None
+        settings = chosen_settings(encoder, reports)
         runs = study_runs(plan, settings or {})
-        planned, complete = {(config.key, name) for config in runs for name in config.benchmarks}, {}
-        for config in runs if settings else []:
-            for name in config.benchmarks:
-                complete[config.key, name] = (run_folder(config, reports) / slug(name) / "metrics.json").exists()
-        rows[encoder] = {"runs planned": len({config.key for config in runs}), "trained": len({config.key for config in runs if settings and (run_folder(config, reports) / "metrics.json").exists()})}
-        rows[encoder] |= {name: f"{sum(done for (_, of), done in complete.items() if of == name)} of {sum(of == name for _, of in planned)}" for name in (*plan.core, *plan.hybrid_only, *plan.large)}
+        folders = {run_folder(config, reports) for config in runs}
+        planned = {name: {run_folder(config, reports) / slug(name) for config in runs if name in config.benchmarks} for name in plan.benchmarks}
+
+        def complete(places: set[Path]) -> int:
+            return sum((place / "metrics.json").exists() for place in places) if settings else 0
+
+        rows[encoder] = {"runs planned": len(folders), "trained": complete(folders), **{name: f"{complete(places)} of {len(places)}" for name, places in planned.items()}}
     return pd.DataFrame(rows).fillna("")
 
 # %% ../nbs/12_study.ipynb #2bef6c62
@@ -179,10 +190,10 @@ class Comparison:
 
 def load_comparison(encoder: str, benchmark: str, reports: str | Path = "reports") -> Comparison:
     "Read the runs of the study; raises `FileNotFoundError` if the settings were not chosen or no run has this benchmark."
-    plan, chosen = PLANS[encoder], selection_file(encoder, reports)
-    if not chosen.exists() or "chosen" not in json.loads(chosen.read_text()):
-        raise FileNotFoundError(f"{chosen} does not name the settings of {encoder}; `make study` chooses them")
-    shared = asdict(plan.config(**json.loads(chosen.read_text())["chosen"]))
+    settings = chosen_settings(encoder, reports)
+    if settings is None:
+        raise FileNotFoundError(f"{selection_file(encoder, reports)} does not name the settings of {encoder}; `make study` chooses them")
+    shared = asdict(PLANS[encoder].config(**settings))
     same = ("encoder", "train", "languages", "batch_size", "steps", "learning_rate", "temperature", "query_length", "passage_length")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a report shows which code computed a run

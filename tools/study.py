@@ -19,7 +19,7 @@ from tqdm import tqdm  # noqa: E402
 
 from hybrid_ir.experiment import RunConfig, is_complete, run_folder, slug  # noqa: E402
 from hybrid_ir.sources import cache_dir  # noqa: E402
-from hybrid_ir.study import PLANS, choose_settings, report_benchmarks, study_runs  # noqa: E402
+from hybrid_ir.study import PLANS, choose_settings, report_benchmarks, study_runs, variant_name  # noqa: E402
 
 RUN_PARAMETERS = ("encoder", "train", "sampler", "alpha", "batch_size", "steps", "learning_rate", "temperature", "query_length", "passage_length", "unique_ids", "dropout", "validate_every", "seed", "device", "precision")
 
@@ -44,8 +44,7 @@ def compute(config: RunConfig):
 
 def describe(config: RunConfig) -> str:
     "A run in a few words."
-    alpha = f", alpha {config.alpha}" if config.sampler == "hybrid" and config.alpha != 0.5 else ""
-    return f"{config.encoder} {config.sampler}{alpha}{'' if config.unique_ids else ', ids may repeat'}, seed {config.seed}: {', '.join(config.benchmarks)}"
+    return f"{config.encoder} {variant_name(config)}, seed {config.seed}: {', '.join(config.benchmarks)}"
 
 
 def render_reports(encoders: list[str]):
