@@ -74,7 +74,7 @@ PLANS = {
     ),
     "me5-small-q4": Plan(
         "me5-small-q4", TRAINING_LANGUAGES, ("mono", "cross", "hybrid"), (0,),
-        learning_rates=(1e-5, 3e-5, 1e-4), temperatures=(0.01, 0.02, 0.05), steps=100, selection_steps=25, selection_ids=200,
+        learning_rates=(3e-5, 1e-4, 3e-4), temperatures=(0.01, 0.03), steps=60, selection_steps=20, selection_ids=100, validate_every=20,
         core=("xquad_r", "mlqa_r"), large=("xm3600", "miracl:yo"), hybrid_only=("xquad_r:context",),
     ),
 }  # fmt: skip

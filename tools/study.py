@@ -19,7 +19,7 @@ from tqdm import tqdm  # noqa: E402
 
 from hybrid_ir.experiment import RunConfig, is_complete, run_folder, slug  # noqa: E402
 from hybrid_ir.sources import cache_dir  # noqa: E402
-from hybrid_ir.study import PLANS, choose_settings, report_benchmarks, study_runs, variant_name  # noqa: E402
+from hybrid_ir.study import PLANS, choose_settings, chosen_settings, report_benchmarks, study_runs, variant_name  # noqa: E402
 
 RUN_PARAMETERS = ("encoder", "train", "sampler", "alpha", "batch_size", "steps", "learning_rate", "temperature", "query_length", "passage_length", "unique_ids", "dropout", "validate_every", "seed", "device", "precision")
 
@@ -68,7 +68,8 @@ def main():
     if not options.reports:
         runs = []
         for encoder in encoders:
-            runs += study_runs(PLANS[encoder], choose_settings(PLANS[encoder]))
+            settings = chosen_settings(encoder) or {} if options.list else choose_settings(PLANS[encoder])
+            runs += study_runs(PLANS[encoder], settings)
         runs = [config for config in runs if re.search(options.only, describe(config))]
         done = [is_complete(config) for config in runs]
         if options.list:
