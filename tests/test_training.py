@@ -15,7 +15,8 @@ from tiny import save_tiny
 from hybrid_ir import training
 from hybrid_ir.encoders import load_encoder
 from hybrid_ir.pairs import load_pairs
-from hybrid_ir.training import CheckpointError, TokenizedPairs, TokenTable, Towers, Trainer, TrainingDiverged, batch_loss, checkpoints, train, training_options, weights_hash
+from hybrid_ir.samplers import BatchSampler
+from hybrid_ir.training import CheckpointError, TokenBatch, TokenStream, TokenTable, Towers, Trainer, TrainingDiverged, batch_loss, checkpoints, train, training_options, weights_hash
 
 OPTIONS = dict(batch_size=12, steps=20, learning_rate=2e-3, validate_every=5, checkpoint_every=5, seed=3, patience=50, temperature=0.05)
 
@@ -74,7 +75,7 @@ def test_compact_vocabulary_is_exact(tmp_path, pairs, monkeypatch, architecture)
         assert torch.allclose(values, trained[1][name], atol=1e-5), name
 
 
-def keep_all_rows(self, encoder, token_lists):
+def keep_all_rows(self, encoder, token_arrays):
     self.encoder, self.full = encoder, encoder.backbone.get_input_embeddings()
     self.compact, self.tokens = self.full, np.arange(self.full.num_embeddings)
     self.numbers = self.tokens.astype(np.int32)
@@ -246,6 +247,107 @@ def test_gradients_equal_those_of_a_plain_forward_pass(folder, pairs):
     assert all(torch.allclose(first, second, atol=1e-5) for first, second in zip(*gradients, strict=True))
 
 
+# the same run in any number of processes; the first of them writes the weights
+PROCESSES = """
+import sys
+import torch
+from accelerate import PartialState
+from hybrid_ir.encoders import load_encoder
+from hybrid_ir.pairs import ParallelPairs
+from hybrid_ir.training import train
+records = [{"id": f"{n}", "query": {"de": f"Frage {n}", "en": f"question {n}"}, "passage": {"de": f"Antwort {n}", "en": f"answer {n}"},
+            "negatives": {"de": [f"falsch {n}"] * (n % 3), "en": [f"wrong {n}"]}} for n in range(60)]
+encoder = load_encoder(sys.argv[1], device="cpu", precision="fp32", query_length=32, passage_length=64)
+result = train(encoder, ParallelPairs.from_records(records), progress=False, **eval(sys.argv[2]))
+if PartialState().is_main_process:
+    torch.save({"weights": encoder.state_dict(), "losses": result.log["loss"].dropna().tolist(), "validation": result.log["validation_loss"].dropna().tolist()}, sys.argv[3])
+"""
+
+
+def test_two_processes_equal_one(folder, tmp_path):
+    "Two processes with half of each batch train the weights of one process with the whole batch, hard negatives and gradient caching included."
+    options, found = OPTIONS | dict(steps=6, dropout=0.0, hard_negatives=2, symmetric=True, mini_batch_size=4, validate_every=3), []
+    for processes in (1, 2):
+        launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        launch += ["--main_process_port", "0"] if processes > 1 else []
+        script = tmp_path / "script.py"
+        script.write_text(PROCESSES)
+        done = subprocess.run([*launch, str(script), str(folder), repr(options), str(tmp_path / f"{processes}.pt")], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found.append(torch.load(tmp_path / f"{processes}.pt", weights_only=True))
+    alone, together = found
+    assert alone["losses"] == pytest.approx(together["losses"], abs=1e-4) and alone["validation"] == pytest.approx(together["validation"], abs=1e-4)
+    untouched = tiny(folder).state_dict()
+    assert any((alone["weights"][name] - values).abs().max() > 2e-3 for name, values in untouched.items())
+    for name, values in alone["weights"].items():
+        assert torch.allclose(values, together["weights"][name], atol=2e-4), name
+
+
+def test_a_batch_that_processes_cannot_share_is_refused():
+    from types import SimpleNamespace
+
+    assert training.own_share(12, SimpleNamespace(num_processes=3, process_index=2)) == slice(8, 12)
+    with pytest.raises(ValueError, match="batch_size 10 cannot be shared by 3 processes; it must be a multiple of 3"):
+        training.own_share(10, SimpleNamespace(num_processes=3, process_index=0))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_gradient_caching_changes_no_gradient(folder, pairs, monkeypatch, dropout):
+    "Portions that are computed again on the way back give the gradient of portions that are kept, bit for bit; without dropout, portions change nothing but the rounding."
+    encoder, gradients, batch = tiny(folder), [], BatchSampler(pairs, "cross", batch_size=24, seed=1).next_batch()
+    training.set_dropout(encoder, dropout)
+    tokens = TokenBatch.from_rows(batch, TokenStream(encoder, pairs, training_options()), pairs)
+    for portions, kept in ((5, False), (5, True), (None, False)):
+        with monkeypatch.context() as patches:
+            if kept:
+                patches.setattr(training, "checkpoint", lambda module, *inputs, use_reentrant: module(*inputs))
+            torch.manual_seed(0)
+            encoder.zero_grad()
+            batch_loss(Towers(encoder).train(), tokens, training_options(mini_batch_size=portions)).backward()
+            gradients.append(torch.cat([parameter.grad.flatten() for parameter in encoder.parameters() if parameter.grad is not None]))
+    assert torch.equal(gradients[0], gradients[1]) and gradients[0].norm() > 1e-3
+    assert torch.allclose(gradients[0], gradients[2], atol=1e-5) == (dropout == 0)
+
+
+def test_gradient_caching_keeps_the_memory_of_a_portion(folder, pairs):
+    "A batch of 64 pairs in portions of 4 keeps less for the way back than a batch of 8."
+    encoder, kept = tiny(folder), {}
+    for size, portions in ((8, None), (64, 4)):
+        tokens = TokenBatch.from_rows(BatchSampler(pairs, "mono", batch_size=size).next_batch(), TokenStream(encoder, pairs, training_options()), pairs)
+        found, own = {}, {parameter.untyped_storage().data_ptr() for parameter in encoder.parameters()}
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: found.setdefault(tensor.untyped_storage().data_ptr(), tensor) is None or tensor, lambda tensor: tensor):
+            batch_loss(Towers(encoder).train(), tokens, training_options(mini_batch_size=portions))
+        kept[size] = sum(tensor.untyped_storage().nbytes() for place, tensor in found.items() if place not in own)
+    assert 0 < kept[64] < kept[8] / 4
+
+
+def test_training_with_gradient_caching_gives_the_same_weights(folder, pairs):
+    trained = []
+    for portions in (None, 3):
+        encoder = tiny(folder)
+        train(encoder, pairs, progress=False, mini_batch_size=portions, **OPTIONS | dict(steps=6, dropout=0.0))
+        trained.append(torch.cat([parameter.flatten() for parameter in encoder.parameters()]))
+    assert torch.allclose(*trained, atol=1e-4) and not torch.allclose(trained[0], torch.cat([parameter.flatten() for parameter in tiny(folder).parameters()]), atol=1e-3)
+
+
+def test_tokens_in_advance_or_batch_by_batch(folder, pairs, monkeypatch, tmp_path):
+    "Pairs with many rows are tokenised while the network computes; the weights are the same, and so they are after a restart."
+    weights, options = [], OPTIONS | dict(dropout=0.0, steps=12, checkpoint_every=4, heldout=0)
+    for rows in (10**9, 1):
+        monkeypatch.setattr(training, "TABLE_ROWS", rows)
+        encoder = tiny(folder)
+        train(encoder, pairs, progress=False, **options)
+        weights.append(torch.cat([parameter.flatten() for parameter in encoder.parameters()]))
+    assert torch.allclose(*weights, atol=1e-4)
+    stopped = Trainer(tiny(folder), pairs, training_options(**options), tmp_path, progress=False)
+    for _ in range(4):
+        stopped.step()
+    training.write_checkpoint(stopped.accelerator, stopped.folder, 4)
+    resumed = tiny(folder)
+    train(resumed, pairs, folder=tmp_path, progress=False, **options)
+    assert torch.equal(torch.cat([parameter.flatten() for parameter in resumed.parameters()]), weights[1])
+
+
 def test_options_of_hub_defaults_survive_a_round_trip():
     options = training_options(languages=["de", "en"], steps=7)
     assert options.languages == ("de", "en") and options.steps == 7
@@ -261,12 +363,10 @@ def test_repeated_ids_are_masked_only_if_ids_are_unique(folder, pairs):
     with torch.no_grad():
         for unique_ids in (True, False):
             options = training_options(unique_ids=unique_ids, temperature=0.5)
-            data = TokenizedPairs.from_pairs(encoder, pairs, options, progress=False)
-            losses[unique_ids] = batch_loss(Towers(encoder), data, batch, options).item()
-            without = batch_loss(Towers(encoder), data, batch[1:], options).item()
-            losses[unique_ids, "no repeat"] = without
-        tokens = [data.tokens.tokens[kind][row] for kind in ("query", "passage") for row in batch[:, 0]]
-        vectors = encoder.embed_tokens(tokens)
+            tokens = TokenStream(encoder, pairs, options)
+            losses[unique_ids] = batch_loss(Towers(encoder), TokenBatch.from_rows(batch, tokens, pairs), options).item()
+            losses[unique_ids, "no repeat"] = batch_loss(Towers(encoder), TokenBatch.from_rows(batch[1:], tokens, pairs), options).item()
+        vectors = encoder.embed_tokens(tokens.take("query", batch[:, 0]) + tokens.take("passage", batch[:, 1]))
         scores = vectors[:4] @ vectors[4:].T / 0.5
         plain = torch.nn.functional.cross_entropy(scores, torch.arange(4)).item()
         scores[0, 1] = scores[1, 0] = float("-inf")
@@ -286,8 +386,9 @@ def test_repeated_ids_are_for_training_batches_only(folder, pairs, sampler):
         heldout = pairs.split(0.3, seed=OPTIONS["seed"])[1]
         batches[unique_ids] = trainer.validation
         for batch in trainer.validation:
-            assert len(set(heldout.groups[heldout.id_of_row[batch[:, 0]]])) == len(batch), "validation batches never repeat an id or a passage"
-    assert np.array_equal(batches[True], batches[False]), "so validation losses of both can be compared"
+            assert len(set(batch.groups)) == len(batch) > 1 and set(batch.groups) <= set(heldout.groups), "validation batches never repeat an id or a passage"
+    for first, second in zip(*batches.values(), strict=True):
+        assert all(np.array_equal(*texts) for texts in zip(first.texts, second.texts, strict=True)), "so validation losses of both can be compared"
 
 
 def test_repeated_ids_train_and_resume(folder, pairs, tmp_path):
@@ -310,13 +411,14 @@ def test_repeated_ids_train_and_resume(folder, pairs, tmp_path):
 def test_training_lengths_cut_in_training_only(folder, pairs):
     "The encoder reads as much as before once training is over, and never more in training than it reads."
     encoder = tiny(folder)
-    longest = lambda table, name: max(len(tokens) for tokens in table.tokens[name] if tokens is not None)  # noqa: E731
+    everything = range(len(pairs))
+    longest = lambda table, name: max(len(tokens) for tokens in table.take(name, everything))  # noqa: E731
     whole = TokenTable(encoder, pairs, training_options(), progress=False)
     cut = TokenTable(encoder, pairs, training_options(query_length=6, passage_length=9), progress=False)
     beyond = TokenTable(encoder, pairs, training_options(query_length=500, passage_length=500), progress=False)
     assert longest(cut, "query") == 6 and longest(cut, "passage") == 9 and longest(whole, "query") > 6 and longest(whole, "passage") > 9
     for name, length in (("query", 6), ("passage", 9)):
-        for short, full, same in zip(cut.tokens[name], whole.tokens[name], beyond.tokens[name], strict=True):
+        for short, full, same in zip(*(table.take(name, everything) for table in (cut, whole, beyond)), strict=True):
             assert np.array_equal(short[:-1], full[: min(length, len(full)) - 1]) and short[-1] == full[-1] and np.array_equal(full, same)
     before, text = encoder.config, ["a question that is far longer than the six tokens of training " * 3]
     train(encoder, pairs, progress=False, **OPTIONS | dict(steps=2, query_length=6, passage_length=9))
@@ -331,9 +433,8 @@ def test_training_lengths_cut_hard_negatives_and_the_heldout_pairs(folder):
     pairs = ParallelPairs.from_records(records)
     options = training_options(**OPTIONS | dict(sampler="mono", batch_size=4, hard_negatives=1, query_length=5, passage_length=7, heldout=0.2))
     trainer = Trainer(tiny(folder), pairs, options, None, progress=False)
-    for data in (trainer.data, trainer.heldout_data):
-        assert {len(tokens) for tokens in data.tokens.tokens["query"]} == {5} and {len(tokens) for tokens in data.tokens.tokens["passage"]} == {7}
-        assert {len(tokens) for lists in data.tokens.negatives.values() for tokens in lists} == {7} and {len(lists) for lists in data.tokens.negatives.values()} == {1}
+    for batch in (trainer.feed.next(more=False), *trainer.validation):
+        assert [len(tokens) for tokens in batch.texts] == [5] * len(batch) + [7] * 2 * len(batch), "questions, passages, one negative each"
     assert not TokenTable(tiny(folder), pairs, training_options(), progress=False).negatives
 
 
