@@ -420,6 +420,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'hybrid_ir.samplers.draw_columns': ('samplers.html#draw_columns', 'hybrid_ir/samplers.py'),
                                     'hybrid_ir.samplers.draw_language_pairs': ( 'samplers.html#draw_language_pairs',
                                                                                 'hybrid_ir/samplers.py'),
+                                    'hybrid_ir.samplers.pairs_of_ids': ('samplers.html#pairs_of_ids', 'hybrid_ir/samplers.py'),
                                     'hybrid_ir.samplers.training_languages': ('samplers.html#training_languages', 'hybrid_ir/samplers.py')},
             'hybrid_ir.sources': { 'hybrid_ir.sources.DownloadError': ('sources.html#downloaderror', 'hybrid_ir/sources.py'),
                                    'hybrid_ir.sources.cache_dir': ('sources.html#cache_dir', 'hybrid_ir/sources.py'),

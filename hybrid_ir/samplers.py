@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SAMPLERS', 'IdQueue', 'RepeatingIds', 'draw_columns', 'draw_language_pairs', 'check_parameters', 'TrainingSet',
-           'check_pools', 'BatchSampler', 'training_languages', 'Composition', 'batch_kind', 'composition']
+           'check_pools', 'BatchSampler', 'pairs_of_ids', 'training_languages', 'Composition', 'batch_kind',
+           'composition']
 
 # %% ../nbs/04_samplers.ipynb #aeb11ce4
 from dataclasses import dataclass
@@ -138,12 +139,10 @@ class BatchSampler:
         check_parameters(sampler, alpha, batch_size, seed)
         self.sampler, self.alpha, self.batch_size, self.rng = sampler, alpha, batch_size, np.random.default_rng(seed)
         self.languages = training_languages(pairs, sampler, alpha, languages)
-        columns = [pairs.languages.index(language) for language in self.languages]
-        self.query_rows, self.passage_rows = pairs.query_rows[:, columns], pairs.passage_rows[:, columns]
-        self.has_query, self.has_passage = self.query_rows >= 0, self.passage_rows >= 0
-        self.has_pair = self.has_query & self.has_passage
+        self.columns = [pairs.languages.index(language) for language in self.languages]
+        self.query_rows, self.passage_rows = pairs.query_rows, pairs.passage_rows  # int [n_ids, n_languages], not copied
+        self.has_pair, self.can_cross = pairs_of_ids(self.query_rows, self.passage_rows, self.columns)
         self.can_mix = self.has_pair.any(axis=1)
-        self.can_cross = (self.has_query * (self.has_passage.sum(axis=1, keepdims=True) - self.has_passage)).any(axis=1)
         self.queue_class = IdQueue if unique_ids else RepeatingIds
         self.sets = [self.prepare(pairs, number, language_exponent) for number in range(len(pairs.set_names))]
         sizes = np.array([len(part.queue.ids) for part in self.sets], dtype=np.float64)
@@ -152,6 +151,21 @@ class BatchSampler:
     def __iter__(self):
         while True:
             yield self.next_batch()
+
+
+def pairs_of_ids(
+    query_rows: np.ndarray,  # int [n_ids, n_languages], -1 where an id has no query
+    passage_rows: np.ndarray,  # the same of the passages
+    columns: list[int],  # the training languages
+) -> tuple[np.ndarray, np.ndarray]:  # bool [n_ids, len(columns)] and bool [n_ids]
+    "Whether an id has a pair in each language, and whether it has one across two languages; column by column, which saves memory."
+    n_passages, can_cross = (passage_rows[:, columns] >= 0).sum(axis=1, dtype=np.int16), np.zeros(len(query_rows), bool)
+    has_pair = np.empty((len(query_rows), len(columns)), bool)
+    for place, column in enumerate(columns):
+        query, passage = query_rows[:, column] >= 0, passage_rows[:, column] >= 0
+        has_pair[:, place] = query & passage
+        can_cross |= query & (n_passages > passage)
+    return has_pair, can_cross
 
 
 def training_languages(pairs: ParallelPairs, sampler: str, alpha: float, languages: list[str] | None) -> list[str]:
@@ -178,7 +192,7 @@ def prepare(self: BatchSampler, pairs: ParallelPairs, number: int, language_expo
     if self.sampler in ("english", "mono") or (self.sampler == "hybrid" and self.alpha > 0):
         pools |= {language: mask for language, mask in by_language.items() if mask.any() or len(pairs.set_names) == 1}
     pools = pools or {"pairs in these languages": of_set & False}
-    groups_in_pool = {pool: len(np.unique(pairs.groups[mask])) for pool, mask in pools.items()}
+    groups_in_pool = {pool: np.count_nonzero(np.bincount(pairs.groups[mask])) for pool, mask in pools.items()}
     check_pools(pairs.set_names[number], groups_in_pool, self.batch_size)
     columns = np.array([column for column, language in enumerate(self.languages) if language in pools], dtype=np.int64)
     sizes = np.array([by_language[self.languages[column]].sum() for column in columns], dtype=np.float64) ** language_exponent
@@ -196,7 +210,7 @@ def next_batch(self: BatchSampler) -> np.ndarray:
         kind = "mono" if self.rng.random() < self.alpha else "cross"
     if kind == "cross":
         ids = part.queue.take(self.batch_size, self.can_cross)
-        query_languages, passage_languages = draw_language_pairs(self.has_query[ids], self.has_passage[ids], self.rng)
+        query_languages, passage_languages = draw_language_pairs(*(rows[ids][:, self.columns] >= 0 for rows in (self.query_rows, self.passage_rows)), self.rng)
     elif kind == "mixed":
         ids = part.queue.take(self.batch_size, self.can_mix)
         query_languages = passage_languages = draw_columns(self.has_pair[ids], self.rng)
@@ -204,7 +218,8 @@ def next_batch(self: BatchSampler) -> np.ndarray:
         language = self.rng.choice(part.languages, p=part.weights)
         ids = part.queue.take(self.batch_size, self.has_pair[:, language])
         query_languages = passage_languages = np.full(len(ids), language)
-    return np.stack([self.query_rows[ids, query_languages], self.passage_rows[ids, passage_languages]], axis=1)
+    columns = np.array(self.columns)
+    return np.stack([self.query_rows[ids, columns[query_languages]], self.passage_rows[ids, columns[passage_languages]]], axis=1)
 
 # %% ../nbs/04_samplers.ipynb #54046c30
 @dataclass
