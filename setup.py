@@ -38,6 +38,6 @@ setup(
     include_package_data=False,  # package_data says which files: those in MANIFEST.in are for the source archive
     install_requires=settings["requirements"].split(),
     extras_require={"dev": settings["dev_requirements"].split()},
-    entry_points={"nbdev": [f"{settings['lib_name']}={settings['lib_name']}._modidx:d"]},
+    entry_points={"nbdev": [f"{settings['lib_name']}={settings['lib_name']}._modidx:d"], "console_scripts": settings["console_scripts"].split()},
     zip_safe=False,
 )

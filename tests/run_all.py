@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
-REFERENCE = re.compile(r"\d+[a-z]?_\w+\.ipynb|index\.ipynb")
+REFERENCE = re.compile(r"\d+[a-z]?_\w+\.ipynb|howto_\w+\.ipynb|index\.ipynb")
 
 
 def environment(threads: int) -> dict[str, str]:

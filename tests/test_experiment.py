@@ -176,6 +176,14 @@ def test_the_run_notebook_names_a_wrong_parameter(tmp_path):
     assert done.returncode != 0 and "unknown sampler 'hybird'; valid: english, mixed, mono, cross, hybrid" in done.stderr
 
 
+def test_a_run_that_fails_leaves_its_error_in_the_notebook_not_its_progress_bars(encoder, tmp_path):
+    parameters = [("encoder", encoder), ("languages", "de,en,th"), ("batch_size", 8), ("steps", 20), ("validate_every", 20), ("learning_rate", 1e30), ("reports", tmp_path / "reports")]
+    done = papermill(tmp_path / "out.ipynb", *parameters)
+    assert done.returncode != 0 and "TrainingDiverged" in done.stderr
+    outputs = [output for cell in nbformat.read(tmp_path / "out.ipynb", as_version=4).cells if cell.cell_type == "code" for output in cell.outputs]
+    assert [output.output_type for output in outputs] == ["error"] and "A lower learning rate than 1e+30" in outputs[0].evalue
+
+
 def test_the_parameters_tag_survived():
     notebook = nbformat.read(ROOT / "nbs" / "run.ipynb", as_version=4)
     tagged = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]

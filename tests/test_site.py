@@ -18,6 +18,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 NUMBERED = sorted(p for p in (ROOT / "nbs").glob("*.ipynb") if re.match(r"\d+[a-z]?_", p.name))
+HOWTO_PAGES = [p.stem + ".html" for p in sorted((ROOT / "nbs").glob("howto_*.ipynb"))]
 MODULE_PAGES = [re.sub(r"^\d+[a-z]?_", "", p.stem) + ".html" for p in NUMBERED]
 REPORT_PAGES = [p.relative_to(ROOT).with_suffix(".html").as_posix() for p in sorted((ROOT / "reports").rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts]
 FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync --disable-dev-shm-usage"
@@ -143,6 +144,13 @@ def test_module_page(browser, address, name):
     assert active, f"{name} is not in the sidebar"
 
 
+@pytest.mark.parametrize("name", HOWTO_PAGES)
+def test_howto_page(browser, address, name):
+    read(browser, address + name)
+    links = [link.get_attribute("href") for link in browser.find_element("id", "quarto-sidebar").find_elements("css selector", "a")]
+    assert address + name in links, f"{name} is not in the sidebar"
+
+
 @pytest.mark.parametrize("name", REPORT_PAGES)
 def test_report_page(browser, address, name):
     page = read(browser, address + name)
@@ -178,7 +186,7 @@ def test_search_finds_a_word_and_leads_to_it(browser, address):
     assert "hybrid" in browser.find_element("tag name", "main").text.lower()
 
 
-@pytest.mark.parametrize("name", ["index.html", *MODULE_PAGES, *REPORT_PAGES])
+@pytest.mark.parametrize("name", ["index.html", *HOWTO_PAGES, *MODULE_PAGES, *REPORT_PAGES])
 def test_phone_width_needs_no_sideways_scrolling(browser, address, name):
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True})
     assert read(browser, address + name)["overflow"] <= 0
@@ -240,7 +248,7 @@ def test_every_link_inside_the_site_leads_somewhere(site, address):
     assert not loaded_elsewhere
     reached = {url.removeprefix(address) for url in pages}
     assert {p.relative_to(site).as_posix() for p in site.rglob("*.html")} <= reached, "a page that no link leads to"
-    assert {*MODULE_PAGES, *REPORT_PAGES} <= reached
+    assert {*HOWTO_PAGES, *MODULE_PAGES, *REPORT_PAGES} <= reached
 
 
 def test_no_page_names_a_path_of_this_machine(site):

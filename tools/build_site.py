@@ -216,7 +216,7 @@ def exported_module(notebook: Path) -> Path | None:
 
 
 def sidebar(pages: dict[str, list], reports: list[Path]) -> dict:
-    "The sidebar in reading order: home, modules, what papermill runs, and one section for each folder of reports."
+    "The sidebar in reading order: home, how-to pages, modules, what papermill runs, and one section for each folder of reports."
     contents: list = [{"text": "Home", "href": "index.ipynb"}]
     contents += [{"section": title, "contents": found} for title, found in pages.items() if found]
     folders: dict[str, list] = {}
@@ -239,7 +239,7 @@ def stage_site(stage: Path, output: Path) -> None:
         shutil.copy2(NBS / name, stage / name)
 
     os.environ["IN_TEST"] = "1"  # so that nothing is exported while definitions are read
-    pages: dict[str, list] = {"Modules": [], "To run with papermill": []}
+    pages: dict[str, list] = {"How to": [], "Modules": [], "To run with papermill": []}
     for notebook in notebooks(NBS):
         started = time.perf_counter()
         stage_notebook(notebook, stage)
@@ -247,7 +247,7 @@ def stage_site(stage: Path, output: Path) -> None:
         if module is not None and module.exists():
             stage_source(module, page, stage)
         if page != "index.ipynb":
-            pages["Modules" if module or NUMBER.match(notebook.name) else "To run with papermill"].append(page)
+            pages["How to" if page.startswith("howto_") else "Modules" if module or NUMBER.match(notebook.name) else "To run with papermill"].append(page)
         print(f"staged {notebook.relative_to(ROOT)} in {time.perf_counter() - started:.1f} s", flush=True)
     reports = notebooks(REPORTS) if REPORTS.exists() else []
     for report in reports:
