@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['BASE_LICENSES', 'CARD', 'dataset_columns', 'passage_keys', 'index_dataset', 'possible_pairs', 'PairTexts',
            'check_negatives', 'language_pairs', 'find_pair_texts', 'HybridBatchSampler', 'import_sentence_transformers',
-           'to_sentence_transformer', 'save_sentence_transformer', 'pooling_of', 'from_sentence_transformer',
-           'weights_license', 'data_section', 'training_section', 'results_section', 'evaluation_results', 'model_card']
+           'pooler_options', 'to_sentence_transformer', 'save_sentence_transformer', 'pooling_of',
+           'from_sentence_transformer', 'weights_license', 'data_section', 'training_section', 'results_section',
+           'evaluation_results', 'model_card']
 
 # %% ../nbs/14_sentence_transformers.ipynb #c025751b
+import inspect
 import json
 from dataclasses import asdict
 from importlib.metadata import version
@@ -20,8 +22,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+from fastcore.basics import patch
 
-from .encoders import ENCODERS, Encoder, EncoderConfig, check_pooling, choose_device, load_encoder
+from .encoders import Encoder, EncoderConfig, UseModel, check_pooling, choose_device, load_encoder, no_file_bars
 from .evaluation import Scores, markdown_table
 from .pairs import PairIndex, ParallelPairs, text_key
 from .samplers import SAMPLERS, BatchSampler
@@ -211,6 +214,18 @@ def import_sentence_transformers():
     return sentence_transformers
 
 
+@patch
+def text_vectors(self: UseModel, input_ids: torch.Tensor, attention_mask: torch.Tensor):
+    "`forward` under a name that `Transformer` can call without the arguments that it adds to `forward`."
+    return self(input_ids=input_ids, attention_mask=attention_mask)
+
+
+def pooler_options(backbone: torch.nn.Module) -> dict:
+    "What keeps a network that has no pooling layer from being opened with a random one."
+    takes_option = "add_pooling_layer" in inspect.signature(type(backbone).__init__).parameters
+    return {"add_pooling_layer": False} if takes_option and getattr(backbone, "pooler", None) is None else {}
+
+
 def to_sentence_transformer(
     encoder: Encoder,
     folder,  # from `Encoder.save`: the weights are read from there
@@ -220,12 +235,15 @@ def to_sentence_transformer(
     from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 
     config, modules = encoder.config, []
-    options = dict(query_length=config.query_length, document_length=config.passage_length, processor_kwargs={"model_max_length": max(config.query_length, config.passage_length)})
+    options = dict(query_length=config.query_length, document_length=config.passage_length, model_kwargs=pooler_options(encoder.backbone))
+    options["processor_kwargs"] = {"model_max_length": max(config.query_length, config.passage_length)}
     if config.pooling == "pooler":
-        options |= dict(modality_config={"text": {"method": "forward", "method_output_name": "pooler_output"}}, module_output_name="sentence_embedding")
+        method = "text_vectors" if isinstance(encoder.backbone, UseModel) else "forward"
+        options |= dict(modality_config={"text": {"method": method, "method_output_name": "pooler_output"}}, module_output_name="sentence_embedding")
     else:
         modules = [Pooling(encoder.dim, config.pooling)]
-    transformer = Transformer(str(folder), **options)
+    with no_file_bars():
+        transformer = Transformer(str(folder), **options)
     prompts = {"query": config.query_prefix, "document": config.passage_prefix, "passage": config.passage_prefix}
     return st.SentenceTransformer(modules=[transformer, *modules, Normalize()], prompts=prompts, similarity_fn_name="cosine", device=str(encoder.device)).eval()
 
@@ -237,7 +255,12 @@ def save_sentence_transformer(
 ) -> Path:
     "Write an encoder as a folder that `SentenceTransformer(folder)`, `AutoModel` and `load_encoder` open."
     folder = encoder.save(folder)
-    to_sentence_transformer(encoder, folder).save_pretrained(str(folder), create_model_card=False)
+    model = to_sentence_transformer(encoder, folder)
+    with no_file_bars():
+        model.save_pretrained(str(folder), create_model_card=False)
+    settings = folder / "sentence_bert_config.json"
+    saved = json.loads(settings.read_text()) | {"model_kwargs": pooler_options(encoder.backbone)}
+    settings.write_text(json.dumps(saved, indent=1) + "\n")
     if card is not None:
         (folder / "README.md").write_text(card, encoding="utf-8")
     return folder
@@ -268,7 +291,8 @@ def from_sentence_transformer(
     if isinstance(model, (str, Path)):
         if (Path(model) / "hybrid_ir.json").exists():
             return load_encoder(str(model), device, precision, **overrides)
-        model = import_sentence_transformers().SentenceTransformer(str(model), device=str(choose_device(device)))
+        with no_file_bars():
+            model = import_sentence_transformers().SentenceTransformer(str(model), device=str(choose_device(device)))
     pooling, first, prompts = pooling_of(model), model[0], dict(model.prompts)
     network = first.model
     limit = min(getattr(network.config, "max_position_embeddings", 512), first.max_seq_length or 512)
@@ -337,9 +361,9 @@ def evaluation_results(
     from huggingface_hub import EvalResult
 
     averages = scores.summary()
-    common = dict(task_type="information-retrieval", dataset_type=scores.info["benchmark"])
+    common = dict(task_type="information-retrieval", dataset_type=scores.info["benchmark"])  # the task stands where a hub has the configuration of a data set
     return [
-        EvalResult(**common, dataset_name=f"{scores.info['benchmark']} ({task})", metric_type=measure, metric_value=round(float(averages.loc[task, measure]), 5))
+        EvalResult(**common, dataset_name=f"{scores.info['benchmark']} ({task})", dataset_config=task, metric_type=measure, metric_value=round(float(averages.loc[task, measure]), 5))
         for task in averages.index for measure in averages.columns
     ]
 
@@ -400,7 +424,7 @@ def model_card(
         base_model=config.name if "/" in config.name and not Path(config.name).exists() else None, model_name=title if results else None, eval_results=results or None)
     body = CARD.format(
         **asdict(config), title=title, base=config.name if not Path(config.name).exists() else Path(config.name).name, version=version("hybrid_ir"), dim=encoder.dim, place=place, license=license,
-        imports="import hybrid_ir.encoders  # knows the network of these weights\n" if config.name == "use-multilingual-v3" else "",
+        imports="import hybrid_ir.interop  # knows the network of these weights\n" if config.name == "use-multilingual-v3" else "",
         data=data_section(data, languages) if data else "The training data was not recorded.", training=training_section(training) if training else "",
         results=results_section(scores, before) if scores else "Not evaluated yet.\n")
     return f"---\n{head.to_yaml()}\n---\n\n{body}"
