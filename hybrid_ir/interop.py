@@ -350,7 +350,8 @@ def results_section(
         table = table[table["task"].isin([*scores.info["tasks"], "gap"]) & table["measure"].isin(scores.measures)]
         shown = table.assign(text=[f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]" for row in table.itertuples()]).pivot(index="task", columns="measure", values="text")
         shown = shown.reindex([*scores.info["tasks"], *(["gap"] if "gap" in shown.index else [])])[scores.measures]
-        parts.append(markdown_table(f"{title}: `{scores.info['benchmark']}`, {scores.info['n_queries']:,} questions, {scores.info['n_passages']:,} passages, {len(scores.info['languages'])} languages.", shown))
+        size = f"{scores.info['n_queries']:,} questions, {scores.info['n_passages']:,} passages in {', '.join(scores.info['languages'])}"
+        parts.append(markdown_table(f"{title}: `{scores.info['benchmark']}`, {size}.", shown))
     return "\n".join(parts)
 
 
@@ -360,10 +361,10 @@ def evaluation_results(
     "The averages as a hub lists them."
     from huggingface_hub import EvalResult
 
-    averages = scores.summary()
+    averages, size = scores.summary(), f"{len(scores.info['languages'])} languages"
     common = dict(task_type="information-retrieval", dataset_type=scores.info["benchmark"])  # the task stands where a hub has the configuration of a data set
     return [
-        EvalResult(**common, dataset_name=f"{scores.info['benchmark']} ({task})", dataset_config=task, metric_type=measure, metric_value=round(float(averages.loc[task, measure]), 5))
+        EvalResult(**common, dataset_name=f"{scores.info['benchmark']} ({task}, {size})", dataset_config=f"{task}, {size}", metric_type=measure, metric_value=round(float(averages.loc[task, measure]), 5))
         for task in averages.index for measure in averages.columns
     ]
 
