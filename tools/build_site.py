@@ -215,6 +215,9 @@ def exported_module(notebook: Path) -> Path | None:
     return None
 
 
+STUDY_PAGES = ("method.ipynb", "reports/summary.ipynb", "limits.ipynb", "reproduce.ipynb")  # in reading order
+
+
 def sidebar(pages: dict[str, list], reports: list[Path]) -> dict:
     "The sidebar in reading order: home, how-to pages, modules, what papermill runs, and one section for each folder of reports."
     contents: list = [{"text": "Home", "href": "index.ipynb"}]
@@ -222,6 +225,8 @@ def sidebar(pages: dict[str, list], reports: list[Path]) -> dict:
     folders: dict[str, list] = {}
     for path in reports:
         path = path.relative_to(ROOT)
+        if path.as_posix() in STUDY_PAGES:
+            continue
         folders.setdefault(path.parent.as_posix(), []).append({"text": path.stem.replace("-", " "), "href": path.as_posix()})
     contents += [{"section": "Reports: " + "/".join(folder.split("/")[1:]) if "/" in folder else "Reports", "contents": items} for folder, items in folders.items()]
     return {"website": {"sidebar": {"contents": contents}}}
@@ -239,15 +244,15 @@ def stage_site(stage: Path, output: Path) -> None:
         shutil.copy2(NBS / name, stage / name)
 
     os.environ["IN_TEST"] = "1"  # so that nothing is exported while definitions are read
-    pages: dict[str, list] = {"How to": [], "Modules": [], "To run with papermill": []}
+    pages: dict[str, list] = {"The study": list(STUDY_PAGES), "How to": [], "Reference": [], "To run with papermill": []}
     for notebook in notebooks(NBS):
         started = time.perf_counter()
         stage_notebook(notebook, stage)
         page, module = site_path(notebook).as_posix(), exported_module(notebook)
         if module is not None and module.exists():
             stage_source(module, page, stage)
-        if page != "index.ipynb":
-            pages["How to" if page.startswith("howto_") else "Modules" if module or NUMBER.match(notebook.name) else "To run with papermill"].append(page)
+        if page not in ("index.ipynb", *STUDY_PAGES):
+            pages["How to" if page.startswith("howto_") else "Reference" if module or NUMBER.match(notebook.name) else "To run with papermill"].append(page)
         print(f"staged {notebook.relative_to(ROOT)} in {time.perf_counter() - started:.1f} s", flush=True)
     reports = notebooks(REPORTS) if REPORTS.exists() else []
     for report in reports:
