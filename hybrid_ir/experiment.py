@@ -93,7 +93,8 @@ class RunConfig(TrainingOptions):
     @property
     def key(self) -> str:
         "Ten hexadecimal digits that stand for all values but the benchmarks."
-        values = {name: value for name, value in asdict(self).items() if name != "benchmarks"}
+        later = {"mini_batch_size"}  # options that came later count where they are used, so that earlier runs keep their folders
+        values = {name: value for name, value in asdict(self).items() if name != "benchmarks" and not (name in later and value is None)}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
 
     def load_pairs(self) -> ParallelPairs:
