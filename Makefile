@@ -9,7 +9,7 @@ REPORT ?= reports/$(ENCODER)/run-$(SAMPLER).ipynb
 # more parameters of nbs/run.ipynb: make run ARGS="-p steps 300 -p seed 1"
 ARGS ?=
 
-.PHONY: help setup run test study reports docs readme lab clean
+.PHONY: help setup run test study reports speed docs readme lab clean
 .DEFAULT_GOAL := help
 
 help:
@@ -18,6 +18,7 @@ help:
 	@echo "make test    every reference notebook, and all tests"
 	@echo "make study   every run of the study that is missing, and all reports (hours on a CPU; can be stopped and continued)"
 	@echo "make reports all reports of the study from the runs that are complete"
+	@echo "make speed   measurements beside other libraries: speed/results"
 	@echo "make docs    the web site, in _docs"
 	@echo "make readme  README.md from nbs/index.ipynb"
 	@echo "make lab     the notebooks in JupyterLab"
@@ -47,6 +48,9 @@ study: $(STAMP)
 
 reports: $(STAMP)
 	$(BIN)/python tools/study.py --reports
+
+speed: $(STAMP)
+	for script in speed/*.py; do $(BIN)/python $$script || exit 1; done
 
 docs: $(STAMP)
 	$(BIN)/python tools/build_site.py
