@@ -155,6 +155,20 @@ def test_study_lists_the_matrix(capsys, monkeypatch):
     assert capsys.readouterr().out == "0 of 0 complete\n"
 
 
+def test_study_computes_with_the_script_of_the_checkout(capfd, monkeypatch, tmp_path):
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "nbs").mkdir()
+    (tmp_path / "nbs" / "run.ipynb").touch()
+    (tmp_path / "tools" / "study.py").write_text("import os, sys; print(os.getcwd(), sys.argv[1:]); sys.exit('seed 1' in sys.argv)")
+    monkeypatch.chdir(tmp_path / "nbs")
+    assert main(["study", "--encoder", "use-multilingual-v3", "--only", "seed 0", "--reports", "--json"]) == 0
+    text, errors = capfd.readouterr()
+    assert json.loads(text)["complete"] == 0 and f"{tmp_path} ['--encoder', 'use-multilingual-v3', '--only', 'seed 0', '--reports']" in errors
+    assert main(["study", "--only", "seed 1"]) == 1
+    text, errors = capfd.readouterr()
+    assert not text and "tools/study.py stopped with code 1" in errors.splitlines()[-1]
+
+
 def test_info_says_which_data_are_there(capsys, monkeypatch, tmp_path):
     (tmp_path / "xquad_r").mkdir()
     monkeypatch.setenv("HYBRID_IR_DATA", str(tmp_path))
