@@ -215,7 +215,7 @@ def exported_module(notebook: Path) -> Path | None:
     return None
 
 
-STUDY_PAGES = ("method.ipynb", "reports/summary.ipynb", "speed.ipynb", "limits.ipynb", "reproduce.ipynb")  # in reading order
+STUDY_PAGES = ("method.ipynb", "reports/summary.ipynb", "speed.ipynb", "cost.ipynb", "nothing_lost.ipynb", "limits.ipynb", "reproduce.ipynb")  # in reading order
 
 
 def sidebar(pages: dict[str, list], reports: list[Path]) -> dict:
