@@ -87,6 +87,18 @@ def test_options_reach_the_sampler(tiny_folder, dataset, tmp_path):
     assert {languages[anchor] for batch in seen for anchor, _ in batch} == {"de", "th"}
 
 
+def test_ids_that_share_a_passage_never_meet(dataset):
+    "In batches of 90 of the 96 ids, two given ids would nearly always meet."
+    passages = dataset.to_pandas().groupby("passage")["id"].agg(set)
+    one, other = next(ids for ids in passages if len(ids) == 2)
+    pairs = language_pairs(dataset)
+    ids = {row["query"]: row["id"] for row in dataset}
+    for seed in range(4):
+        (batch,) = HybridBatchSampler(pairs, 90, seed=seed)
+        drawn = [ids[anchor] for anchor in pairs[batch]["anchor"]]
+        assert len(set(drawn)) == 90 and not {one, other} <= set(drawn)
+
+
 def test_a_resumed_training_ends_with_the_same_weights(tiny_folder, dataset, tmp_path):
     whole, rest = [], []
     first = trainer(tiny_folder, language_pairs(dataset), tmp_path / "run", whole, steps=8, save_strategy="steps", save_steps=4, seed=3)
