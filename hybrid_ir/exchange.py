@@ -122,7 +122,7 @@ def rows_named(
         raise ValueError(f"judgement {first} names the {what} {ids[first]!r} in {languages[first]}, which does not exist")
     return rows
 
-
+# %% ../nbs/15_exchange.ipynb #d89d843a
 def datasets_to_benchmark(
     parts: datasets.DatasetDict,  # corpus, queries, qrels, as `benchmark_to_datasets` makes them
     name: str | None = None,  # default: the name that it had
@@ -163,7 +163,7 @@ def write_beir_texts(path: Path, texts: pd.DataFrame):
         for text_id, text in zip(texts["id"], texts["text"]):
             file.write(json.dumps({"_id": text_id, "title": "", "text": text} if path.stem == "corpus" else {"_id": text_id, "text": text}, ensure_ascii=False) + "\n")
 
-
+# %% ../nbs/15_exchange.ipynb #d3df0f5e
 def save_beir(
     benchmark: Benchmark,
     folder,  # made if missing; one folder for each language is written into it
@@ -280,14 +280,14 @@ def mteb_split(
     there = benchmark.passages["lang"].isin(passage_languages).to_numpy()
     kept = asked[benchmark.judgement_queries] & there[benchmark.judgement_passages]
     relevant: dict = {}
-    for query, passage, grade in zip(benchmark.judgement_queries[kept], benchmark.judgement_passages[kept], benchmark.judgement_grades[kept]):
+    for query, passage, grade in zip(*(numbers[kept] for numbers in (benchmark.judgement_queries, benchmark.judgement_passages, benchmark.judgement_grades))):
         relevant.setdefault(query_names[query], {})[passage_names[passage]] = int(grade)
     corpus = datasets.Dataset.from_dict({"id": list(passage_names[there]), "title": [""] * int(there.sum()), "text": benchmark.passages["text"][there].tolist()})
     asked &= np.isin(query_names, list(relevant))
     queries = datasets.Dataset.from_dict({"id": list(query_names[asked]), "text": benchmark.queries["text"][asked].tolist()})
     return {"corpus": corpus, "queries": queries, "relevant_docs": relevant, "top_ranked": None}
 
-
+# %% ../nbs/15_exchange.ipynb #91171585
 def mteb_task(
     benchmark: Benchmark,
     tasks=("mono",),  # mono, cross, multi or several
@@ -303,7 +303,8 @@ def mteb_task(
 
     class BenchmarkTask(AbsTaskRetrieval):
         metadata = TaskMetadata(
-            name=f"hybrid_ir-{benchmark.name}", dataset={"path": f"hybrid_ir/{benchmark.name}", "revision": benchmark.fingerprint}, type="Retrieval", category="t2t", eval_splits=["test"],
+            name=f"hybrid_ir-{benchmark.name}", dataset={"path": f"hybrid_ir/{benchmark.name}", "revision": benchmark.fingerprint},
+            type="Retrieval", category="t2t", eval_splits=["test"],
             eval_langs={name: list(dict.fromkeys([codes[query], *[codes[language] for language in passages]])) for name, (query, passages) in subsets.items()},
             main_score="ndcg_at_10", description=str(benchmark.info.get("protocol") or f"The benchmark {benchmark.name} of hybrid_ir."))
 
@@ -341,7 +342,7 @@ def prepare_upload(
             shutil.copy2(path, target)
     return folder
 
-
+# %% ../nbs/15_exchange.ipynb #925408c8
 def push_to_hub(
     encoder: Encoder,
     repository: str,  # owner/name on the hub; made if it does not exist

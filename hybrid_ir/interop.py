@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['BASE_LICENSES', 'CARD', 'dataset_columns', 'passage_keys', 'index_dataset', 'possible_pairs', 'PairTexts',
            'check_negatives', 'language_pairs', 'find_pair_texts', 'HybridBatchSampler', 'import_sentence_transformers',
-           'pooler_options', 'to_sentence_transformer', 'save_sentence_transformer', 'pooling_of',
-           'from_sentence_transformer', 'weights_license', 'data_section', 'training_section', 'results_section',
-           'evaluation_results', 'model_card']
+           'pooler_options', 'transformer_options', 'to_sentence_transformer', 'save_sentence_transformer',
+           'pooling_of', 'from_sentence_transformer', 'weights_license', 'data_section', 'training_section',
+           'results_section', 'evaluation_results', 'card_head', 'model_card']
 
 # %% ../nbs/14_sentence_transformers.ipynb #c025751b
 import inspect
 import json
+import tempfile
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -51,7 +52,8 @@ def passage_keys(
     passages: pa.Array,  # texts, null where there is none
 ) -> np.ndarray:  # uint64 [n], equal for equal texts, 0 where there is none
     "A hash of each passage."
-    return np.fromiter((0 if text is None else text_key(text) for start in range(0, len(passages), 10_000) for text in passages[start : start + 10_000].to_pylist()), np.uint64, len(passages))
+    texts = (text for start in range(0, len(passages), 10_000) for text in passages[start : start + 10_000].to_pylist())
+    return np.fromiter((0 if text is None else text_key(text) for text in texts), np.uint64, len(passages))
 
 
 def index_dataset(
@@ -165,12 +167,15 @@ def find_pair_texts(
         transform = getattr(transform, "keywords", {}).get("transform")
     if transform is None:
         raise ValueError(f"HybridBatchSampler draws from datasets that language_pairs made (for training and for evaluation); this one has the columns {', '.join(dataset.column_names)}")
-    rows = dataset.with_format("numpy")[:] if len(dataset) == transform.n_pairs else None
-    if rows is None or not np.array_equal(transform.pair_numbers(np.stack([rows["anchor_row"], rows["positive_row"]], axis=1)), np.arange(len(dataset))):
+    is_whole = len(dataset) == transform.n_pairs
+    if is_whole:
+        rows = dataset.with_format("numpy")[:]
+        is_whole = np.array_equal(transform.pair_numbers(np.stack([rows["anchor_row"], rows["positive_row"]], axis=1)), np.arange(len(dataset)))
+    if not is_whole:
         raise ValueError("this dataset was shuffled, split or filtered after language_pairs; do that before, by id, so that no translation crosses a split")
     return transform
 
-
+# %% ../nbs/14_sentence_transformers.ipynb #b7232680
 class HybridBatchSampler(torch.utils.data.BatchSampler):
     "A batch sampler for `SentenceTransformerTrainer`: give the class, or a `functools.partial` of it, as `batch_sampler`."
 
@@ -213,7 +218,7 @@ def import_sentence_transformers():
         raise ImportError('this needs sentence-transformers: pip install "sentence-transformers[train]>=6.2"') from error
     return sentence_transformers
 
-
+# %% ../nbs/14_sentence_transformers.ipynb #f88321ac
 @patch
 def text_vectors(self: UseModel, input_ids: torch.Tensor, attention_mask: torch.Tensor):
     "`forward` under a name that `Transformer` can call without the arguments that it adds to `forward`."
@@ -225,29 +230,39 @@ def pooler_options(backbone: torch.nn.Module) -> dict:
     takes_option = "add_pooling_layer" in inspect.signature(type(backbone).__init__).parameters
     return {"add_pooling_layer": False} if takes_option and getattr(backbone, "pooler", None) is None else {}
 
+# %% ../nbs/14_sentence_transformers.ipynb #d19fcd34
+def transformer_options(
+    encoder: Encoder,
+) -> dict:
+    "Arguments of `Transformer`: lengths, and which output of the network to take."
+    config = encoder.config
+    options = {"query_length": config.query_length, "document_length": config.passage_length, "model_kwargs": pooler_options(encoder.backbone)}
+    options["processor_kwargs"] = {"model_max_length": max(config.query_length, config.passage_length)}
+    if config.pooling == "pooler":
+        method = "text_vectors" if isinstance(encoder.backbone, UseModel) else "forward"
+        options |= {"modality_config": {"text": {"method": method, "method_output_name": "pooler_output"}}, "module_output_name": "sentence_embedding"}
+    return options
+
 
 def to_sentence_transformer(
     encoder: Encoder,
-    folder,  # from `Encoder.save`: the weights are read from there
-):  # a SentenceTransformer on the device of the encoder
+    folder=None,  # from `Encoder.save`, to read the weights from; None: a temporary one
+):  # a SentenceTransformer with weights of its own, on the device of the encoder
     "The encoder as a `SentenceTransformer`."
     st = import_sentence_transformers()
     from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 
-    config, modules = encoder.config, []
-    options = dict(query_length=config.query_length, document_length=config.passage_length, model_kwargs=pooler_options(encoder.backbone))
-    options["processor_kwargs"] = {"model_max_length": max(config.query_length, config.passage_length)}
-    if config.pooling == "pooler":
-        method = "text_vectors" if isinstance(encoder.backbone, UseModel) else "forward"
-        options |= dict(modality_config={"text": {"method": method, "method_output_name": "pooler_output"}}, module_output_name="sentence_embedding")
-    else:
-        modules = [Pooling(encoder.dim, config.pooling)]
+    if folder is None:
+        with tempfile.TemporaryDirectory() as temporary:
+            return to_sentence_transformer(encoder, encoder.save(temporary))
+    config, options = encoder.config, transformer_options(encoder)
+    modules = [] if config.pooling == "pooler" else [Pooling(encoder.dim, config.pooling)]
     with no_file_bars():
         transformer = Transformer(str(folder), **options)
     prompts = {"query": config.query_prefix, "document": config.passage_prefix, "passage": config.passage_prefix}
     return st.SentenceTransformer(modules=[transformer, *modules, Normalize()], prompts=prompts, similarity_fn_name="cosine", device=str(encoder.device)).eval()
 
-
+# %% ../nbs/14_sentence_transformers.ipynb #9f164b70
 def save_sentence_transformer(
     encoder: Encoder,
     folder,  # made if missing
@@ -277,7 +292,8 @@ def pooling_of(
         if kind == "Pooling" and module.include_prompt:
             names.append(module.pooling_mode if isinstance(module.pooling_mode, str) else "+".join(module.pooling_mode))
     if kinds[0] != "Transformer" or not set(kinds[1:]) <= {"Pooling", "Normalize"} or len(names) != 1 or names[0] not in ("mean", "cls", "pooler"):
-        raise ValueError(f"an Encoder is Transformer, Pooling (mean or cls of all tokens, prompt included) and Normalize; this model is {', '.join(kinds)}, pooled by {', '.join(names) or 'nothing known'}")
+        found = f"{', '.join(kinds)}, pooled by {', '.join(names) or 'nothing known'}"
+        raise ValueError(f"an Encoder is Transformer, Pooling (mean or cls of all tokens, prompt included) and Normalize; this model is {found}")
     return names[0]
 
 
@@ -364,14 +380,34 @@ def evaluation_results(
     averages, size = scores.summary(), f"{len(scores.info['languages'])} languages"
     common = dict(task_type="information-retrieval", dataset_type=scores.info["benchmark"])  # the task stands where a hub has the configuration of a data set
     return [
-        EvalResult(**common, dataset_name=f"{scores.info['benchmark']} ({task}, {size})", dataset_config=f"{task}, {size}", metric_type=measure, metric_value=round(float(averages.loc[task, measure]), 5))
+        EvalResult(
+            **common, dataset_name=f"{scores.info['benchmark']} ({task}, {size})", dataset_config=f"{task}, {size}",
+            metric_type=measure, metric_value=round(float(averages.loc[task, measure]), 5))
         for task in averages.index for measure in averages.columns
     ]
 
 # %% ../nbs/14_sentence_transformers.ipynb #555f7b36
+def card_head(
+    base: str,  # where the weights started from
+    scores: list,  # of Scores
+    languages,  # training languages
+    license: str,
+    title: str,
+) -> str:
+    "The metadata of the hub, as YAML."
+    from huggingface_hub import ModelCardData
+
+    results = [result for part in scores for result in evaluation_results(part)]
+    tags = ["sentence-transformers", "feature-extraction", "information-retrieval", "multilingual", "hybrid_ir"]
+    on_hub = "/" in base and not Path(base).exists()
+    return ModelCardData(
+        language=list(languages) or None, license=license, library_name="sentence-transformers", pipeline_tag="sentence-similarity", tags=tags,
+        base_model=base if on_hub else None, model_name=title if results else None, eval_results=results or None).to_yaml()
+
+# %% ../nbs/14_sentence_transformers.ipynb #0dd6fa3d
 CARD = """# {title}
 
-A text encoder for multilingual retrieval, fine-tuned from `{base}` with [hybrid batch training](https://arxiv.org/abs/2408.10536) by hybrid_ir {version}.
+A text encoder for multilingual retrieval, fine-tuned from `{base}` by hybrid_ir {version}, a study of [hybrid batch training](https://arxiv.org/abs/2408.10536).
 It turns questions and passages into unit vectors of {dim} numbers; the score is their inner product.
 
 ## Use
@@ -390,13 +426,14 @@ scores = model.similarity(queries, passages)
 
 ## Results
 {results}
-`mono`: question and passages in one language; `cross`: in two; `multi`: all languages in one pool; `gap`: mono minus cross. Averages over questions, then languages; 95 % bootstrap intervals over questions.
+`mono`: question and passages in one language; `cross`: in two; `multi`: all languages in one pool; `gap`: mono minus cross.
+Averages over questions, then languages; 95 % bootstrap intervals over questions.
 
 ## Licence
 Weights: {license}. They start from `{base}`; the licences of the training data are listed above and may bind you, too.
 """
 
-
+# %% ../nbs/14_sentence_transformers.ipynb #1e7576fd
 def model_card(
     encoder: Encoder,
     run=None,  # a `Run`: fills in scores, before, data, training and languages
@@ -410,22 +447,17 @@ def model_card(
     place: str = "path/to/this/folder",  # folder or hub name, for the example
 ) -> str:
     "The README.md of an encoder: metadata of the hub, training data, sampler, results with intervals, licence."
-    from huggingface_hub import ModelCardData
-
     license, config = weights_license(encoder.config.name, license), encoder.config
     if run is not None:
         scores, before, data, training = list(run.after.values()), list(run.before.values()), run.metrics["pairs"], asdict(run.config.options())
         languages = run.metrics["composition"]["languages"]
     scores, before = ([part] if isinstance(part, Scores) else list(part) for part in (scores, before))
     title = title or f"{config.name.rstrip('/').split('/')[-1]}-{(training or {}).get('sampler', 'retrieval')}"
-    results = [result for part in scores for result in evaluation_results(part)]
-    head = ModelCardData(
-        language=list(languages) or None, license=license, library_name="sentence-transformers", pipeline_tag="sentence-similarity",
-        tags=["sentence-transformers", "feature-extraction", "information-retrieval", "multilingual", "hybrid_ir"],
-        base_model=config.name if "/" in config.name and not Path(config.name).exists() else None, model_name=title if results else None, eval_results=results or None)
+    head = card_head(config.name, scores, languages, license, title)
     body = CARD.format(
-        **asdict(config), title=title, base=config.name if not Path(config.name).exists() else Path(config.name).name, version=version("hybrid_ir"), dim=encoder.dim, place=place, license=license,
+        **asdict(config), title=title, base=Path(config.name).name if Path(config.name).exists() else config.name, version=version("hybrid_ir"), dim=encoder.dim,
+        place=place, license=license,
         imports="import hybrid_ir.interop  # knows the network of these weights\n" if config.name == "use-multilingual-v3" else "",
         data=data_section(data, languages) if data else "The training data was not recorded.", training=training_section(training) if training else "",
         results=results_section(scores, before) if scores else "Not evaluated yet.\n")
-    return f"---\n{head.to_yaml()}\n---\n\n{body}"
+    return f"---\n{head}\n---\n\n{body}"
