@@ -277,7 +277,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'hybrid_ir.index.add_shards': ('index.html#add_shards', 'hybrid_ir/index.py'),
                                  'hybrid_ir.index.as_rows': ('index.html#as_rows', 'hybrid_ir/index.py'),
                                  'hybrid_ir.index.best_first': ('index.html#best_first', 'hybrid_ir/index.py'),
-                                 'hybrid_ir.index.best_of_scores': ('index.html#best_of_scores', 'hybrid_ir/index.py'),
+                                 'hybrid_ir.index.best_of_keys': ('index.html#best_of_keys', 'hybrid_ir/index.py'),
                                  'hybrid_ir.index.build_index': ('index.html#build_index', 'hybrid_ir/index.py'),
                                  'hybrid_ir.index.build_parts': ('index.html#build_parts', 'hybrid_ir/index.py'),
                                  'hybrid_ir.index.check_queries': ('index.html#check_queries', 'hybrid_ir/index.py'),

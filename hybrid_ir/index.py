@@ -6,7 +6,7 @@
 __all__ = ['MANIFEST', 'COLUMNS', 'DTYPES', 'PART_MEMORY', 'LISTS', 'PARAMETERS', 'whole_file', 'write_json', 'encoder_identity',
            'refuse_difference', 'DamagedShard', 'shard_path', 'texts_hash', 'write_shard', 'read_shard_entry',
            'as_rows', 'corpus_shards', 'shard_is_done', 'claim_vectors', 'finish_vectors', 'encode_corpus',
-           'encode_shard', 'Vectors', 'best_of_scores', 'best_first', 'check_queries', 'make_index', 'inverted_lists',
+           'encode_shard', 'Vectors', 'best_of_keys', 'best_first', 'check_queries', 'make_index', 'inverted_lists',
            'training_needs', 'without_native_messages', 'write_index', 'add_shards', 'build_parts', 'merge_parts',
            'index_folder', 'build_index', 'claim_index', 'timed', 'train_index', 'fill_index', 'open_mapped',
            'FaissIndex', 'recall_at', 'recall_table', 'Searcher']
@@ -349,13 +349,11 @@ def sample(
     return self.take(np.sort(chosen))
 
 # %% ../nbs/17_index.ipynb #8185bb58
-def best_of_scores(
-    scores: torch.Tensor,  # float32 [n_queries, n_passages]
+def best_of_keys(
+    scores: torch.Tensor,  # float32 [n_queries, n_passages], on any device
     k: int,  # at most n_passages
 ) -> tuple[np.ndarray, np.ndarray]:  # rows and scores [n_queries, k]
-    "The `k` best passages of each query, best first, of equal ones the first."
-    if scores.device.type == "cpu":
-        return best_of_block(scores.numpy(), k)
+    "The `k` best passages of each query, best first, of equal ones the first: `topk` of numbers that are all different."
     bits = (scores + 0.0).view(torch.int32).long()  # + 0.0: there are two zeros, and they are equal
     ordered = torch.where(bits < 0, -(2**31) - bits - 1, bits)
     keys = (ordered << 32) + torch.arange(scores.shape[1] - 1, -1, -1, device=scores.device)
@@ -387,7 +385,8 @@ def search(
     best = np.empty((len(queries), 0), np.int64), np.empty((len(queries), 0), np.float32)
     with full_precision():
         for start, block in self.blocks(max(256, memory // (4 * max(len(queries), self.dim))), progress=progress):
-            rows, scores = best_of_scores(queries @ torch.from_numpy(block).to(device).T, min(k, len(block)))
+            scores, n = queries @ torch.from_numpy(block).to(device).T, min(k, len(block))
+            rows, scores = best_of_block(scores.numpy(), n) if scores.device.type == "cpu" else best_of_keys(scores, n)
             best = best_first(np.hstack([best[0], rows + np.int64(start)]), np.hstack([best[1], scores]), k)
     return best
 
@@ -414,7 +413,7 @@ def make_index(
     try:
         return faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
     except (RuntimeError, TypeError) as error:
-        reason = str(error).strip().splitlines()[-1][-200:]
+        reason = re.split(r"\.(?:cpp|h):\d+: ", str(error))[-1].strip()
         raise ValueError(f"factory {factory!r} is no FAISS index for {dim} dimensions ({reason}); {examples}") from None
 
 
@@ -437,13 +436,13 @@ LISTS = "lists.ivfdata"
 
 @contextmanager
 def without_native_messages():
-    "Without what compiled code writes to the error stream: FAISS reports each file that it resizes."
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
+    "Without what compiled code prints: FAISS reports each file that it resizes."
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
     try:
         yield
     finally:
-        os.dup2(kept, 2)
+        os.dup2(kept, 1)
         os.close(kept), os.close(nowhere)
 
 
