@@ -326,6 +326,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'hybrid_ir.pairs.answer_sentences': ('pairs.html#answer_sentences', 'hybrid_ir/pairs.py'),
                                  'hybrid_ir.pairs.asking_line': ('pairs.html#asking_line', 'hybrid_ir/pairs.py'),
                                  'hybrid_ir.pairs.check_disk': ('pairs.html#check_disk', 'hybrid_ir/pairs.py'),
+                                 'hybrid_ir.pairs.check_json_folder': ('pairs.html#check_json_folder', 'hybrid_ir/pairs.py'),
                                  'hybrid_ir.pairs.check_negatives': ('pairs.html#check_negatives', 'hybrid_ir/pairs.py'),
                                  'hybrid_ir.pairs.check_numbers': ('pairs.html#check_numbers', 'hybrid_ir/pairs.py'),
                                  'hybrid_ir.pairs.check_paragraph': ('pairs.html#check_paragraph', 'hybrid_ir/pairs.py'),

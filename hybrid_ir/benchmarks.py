@@ -395,6 +395,8 @@ def link_judgements(
     left_out=(),  # languages that exist, but were not asked for
 ) -> pd.DataFrame:
     "Judgements as row numbers: query, passage, grade. Raises a `ValueError` for ids that do not exist."
+    if not len(judgements):
+        return pd.DataFrame({"query": [], "passage": [], "grade": []}, dtype=np.int64)
     in_left_out = judgements["passage_id"].str.partition("/")[0].isin(left_out)
     query = query_keys.get_indexer(lang + "/" + judgements["query_id"])
     passage = passage_keys.get_indexer(lang + "/" + judgements["passage_id"])

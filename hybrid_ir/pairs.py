@@ -9,10 +9,11 @@ __all__ = ['PAIR_SCHEMA', 'PAIR_COLUMNS', 'SAMPLE_LANGUAGES', 'SAMPLE_SPLITS', '
            'unfinished_prefix', 'is_running', 'remove_stale', 'remove_damaged', 'prepare_folder', 'prepare_rows',
            'connected_ids', 'PairIndex', 'index_frame', 'ParallelPairs', 'open_pairs', 'count_texts', 'take_rows',
            'select_pairs', 'split_pairs', 'concat_pairs', 'answer_sentences', 'check_paragraph', 'read_paragraphs',
-           'sample_file', 'sample_records', 'PairSet', 'load_json_lines', 'dataset_records', 'load_hub', 'mmarco_names',
-           'check_disk', 'find_mmarco', 'HashedFile', 'explain_tsv', 'check_numbers', 'read_tsv', 'first_of_each',
-           'add_triples', 'read_triples', 'KeptTexts', 'asking_line', 'keep_texts', 'language_rows', 'write_language',
-           'merge_languages', 'table_bytes', 'write_mmarco', 'load_mmarco', 'load_several', 'load_pairs']
+           'sample_file', 'sample_records', 'PairSet', 'load_json_lines', 'check_json_folder', 'dataset_records',
+           'load_hub', 'mmarco_names', 'check_disk', 'find_mmarco', 'HashedFile', 'explain_tsv', 'check_numbers',
+           'read_tsv', 'first_of_each', 'add_triples', 'read_triples', 'KeptTexts', 'asking_line', 'keep_texts',
+           'language_rows', 'write_language', 'merge_languages', 'table_bytes', 'write_mmarco', 'load_mmarco',
+           'load_several', 'load_pairs']
 
 # %% ../nbs/01_pairs.ipynb #38e5ce4d
 from .sources import cache_dir, choose, choose_all, file_sha256, find_damage, find_file, write_checksums, writing_to
@@ -726,6 +727,17 @@ def load_json_lines(
     arrow_file, written = prepare_rows(f"{name}-{sha256[:32]}", read_json_lines(path), f"{path} line", name)
     return open_pairs(arrow_file, written, name, sha256=sha256)
 
+# %% ../nbs/01_pairs.ipynb #b68b466d
+def check_json_folder(
+    folder,  # may hold JSON lines, among other files
+) -> None:
+    "Raise a `ValueError` with file and line for JSON lines that are no objects: the native reader of `datasets` would crash the whole process."
+    for path in sorted(Path(folder).rglob("*")):
+        if path.is_file() and path.name.endswith((".jsonl", ".jsonl.gz", ".ndjson")):
+            for number, line in read_json_lines(path):
+                if not isinstance(line, dict):
+                    raise ValueError(f"{path} line {number}: expected an object with id, query and passage, not {line!r:.80}")
+
 # %% ../nbs/01_pairs.ipynb #db821a7e
 def dataset_records(
     table: datasets.Dataset,
@@ -747,6 +759,8 @@ def load_hub(
     "A Hugging Face dataset with the columns id, query and passage, and optionally negatives, source and page."
     place = str(name).removeprefix("hf:")
     is_saved = any((Path(place) / marker).is_file() for marker in ("state.json", "dataset_dict.json"))
+    if not is_saved and Path(place).is_dir():
+        check_json_folder(place)
     try:
         table = datasets.load_from_disk(place) if is_saved else datasets.load_dataset(place, split=split)
     except OSError as error:
