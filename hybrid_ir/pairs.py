@@ -763,6 +763,8 @@ def load_hub(
         check_json_folder(place)
     try:
         table = datasets.load_from_disk(place) if is_saved else datasets.load_dataset(place, split=split)
+        for part in [table] if isinstance(table, datasets.Dataset) else table.values():
+            part.data.table.validate(full=True)  # of a damaged Arrow file, offsets may point anywhere
     except OSError as error:
         raise FileNotFoundError(
             f"dataset {place!r} could not be loaded ({error}). Without network: save it elsewhere with save_to_disk, "
