@@ -117,8 +117,8 @@ def check_record(
     if not pair_id:
         raise ValueError(f"{where}: id must be a text that is not empty, not {record['id']!r:.80}")
     where = f"{where}, id {check_unicode(pair_id, f'{where}: the id')!r:.80}"
-    for key in ("source", "page", "license", "translation"):
-        if not isinstance(record.get(key), (str, int, type(None))):
+    for key, kinds in {"source": str, "page": (str, int), "license": str, "translation": str}.items():
+        if record.get(key) is not None and (not isinstance(record[key], kinds) or isinstance(record[key], bool)):
             raise ValueError(f"{where}: {key} must be a text, not {record[key]!r:.80}")
         check_unicode(str(record.get(key)), f"{where}: {key}")
     return {
@@ -126,7 +126,7 @@ def check_record(
         "query": check_texts("query", record["query"], where),
         "passage": check_texts("passage", record["passage"], where),
         "negatives": check_negatives(record.get("negatives"), where),
-        "source": str(record.get("source") or source),
+        "source": record.get("source") or source,
         "page": record.get("page") or pair_id.rpartition("|")[0] or pair_id,
         "license": record.get("license"),
         "translation": record.get("translation"),

@@ -239,7 +239,7 @@ def stage_site(stage: Path, output: Path) -> None:
         shutil.copy2(NBS / name, stage / name)
 
     os.environ["IN_TEST"] = "1"  # so that nothing is exported while definitions are read
-    pages: dict[str, list] = {"Modules": [], "To run with papermill": []}
+    pages: dict[str, list] = {"Modules": [], "Tests": [], "To run with papermill": []}
     for notebook in notebooks(NBS):
         started = time.perf_counter()
         stage_notebook(notebook, stage)
@@ -247,7 +247,8 @@ def stage_site(stage: Path, output: Path) -> None:
         if module is not None and module.exists():
             stage_source(module, page, stage)
         if page != "index.ipynb":
-            pages["Modules" if module or NUMBER.match(notebook.name) else "To run with papermill"].append(page)
+            section = "Modules" if module or NUMBER.match(notebook.name) else "Tests" if page == "nothing_lost.ipynb" else "To run with papermill"
+            pages[section].append(page)
         print(f"staged {notebook.relative_to(ROOT)} in {time.perf_counter() - started:.1f} s", flush=True)
     reports = notebooks(REPORTS) if REPORTS.exists() else []
     for report in reports:
