@@ -46,6 +46,7 @@ def data_env(data_folder, monkeypatch) -> Path:
 
 # --- what the tests of faults saw: a table for the site. HYBRID_IR_FAULTS names the file to write, else nothing is written
 FAULT_ROWS: dict[str, dict] = {}
+FAILED: set[str] = set()
 
 
 @pytest.fixture
@@ -60,17 +61,17 @@ def fault_row(request):
 
 
 def pytest_runtest_logreport(report):
-    "A test that failed after all has no row."
+    "A test that failed has no row, and loses the one of an earlier run."
     if report.failed:
-        FAULT_ROWS.pop(report.nodeid, None)
+        FAILED.add(report.nodeid)
 
 
 def pytest_sessionfinish(session):
     "Write the rows, beside those of tests that did not run this time."
     target = os.environ.get("HYBRID_IR_FAULTS")
-    if target and FAULT_ROWS:
+    if target and (FAULT_ROWS or FAILED):
         path = ROOT / target
         known = {row["test"]: row for row in json.loads(path.read_text(encoding="utf-8"))["rows"]} if path.exists() else {}
-        rows = sorted({**known, **FAULT_ROWS}.values(), key=lambda row: (row["promise"], row["test"]))
+        rows = sorted((row for name, row in {**known, **FAULT_ROWS}.items() if name not in FAILED), key=lambda row: (row["promise"], row["test"]))
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"rows": rows}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
