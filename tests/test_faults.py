@@ -110,7 +110,7 @@ undisturbed = finish("undisturbed", "first.txt")
 whole, chance, at, half = time.time() - started, random.Random(7), [], 0
 while len(at) < kills:
     process = child("killed", "second.txt")
-    time.sleep(chance.uniform(0.05, 0.9) * whole)
+    time.sleep(chance.uniform(0.02, 0.4 if kills < 10 else 0.2) * whole)
     os.kill(process, signal.SIGKILL)
     if os.WIFSIGNALED(os.waitpid(process, 0)[1]):
         found = checkpoints(Path("killed")) if Path("killed").exists() else []
