@@ -7,21 +7,24 @@ __all__ = ['XQUAD_R_SHA256', 'MLQA_R_SHA256', 'MIRACL_FILES', 'XM3600_LANGUAGES'
            'MIRACL_HUB', 'CAPTION_FILES', 'PAIRS_PROTOCOL', 'LOADERS', 'sort_by_language', 'language_slices',
            'check_ids', 'Benchmark', 'possible_tasks', 'content_hash', 'count_languages', 'select_languages',
            'read_candidates', 'parallel_judgements', 'benchmark_from_files', 'BenchmarkSet', 'load_sentences',
-           'find_plain_or_gz', 'read_beir_texts', 'read_judgements', 'link_judgements', 'spread_judgements',
-           'beir_folders', 'judgement_file', 'judged_benchmark', 'load_beir', 'data_places', 'load_pool',
-           'find_miracl_file', 'miracl_languages', 'read_topics', 'load_miracl', 'find_captions', 'read_zipped_lines',
-           'check_captions', 'read_captions', 'caption_tables', 'load_captions', 'benchmark_from_pairs',
-           'check_options', 'load_benchmark']
+           'find_plain_or_gz', 'read_beir_texts', 'read_table_lines', 'read_judgements', 'link_judgements',
+           'spread_judgements', 'beir_folders', 'judgement_file', 'judged_benchmark', 'load_beir', 'data_places',
+           'load_pool', 'find_miracl_file', 'miracl_languages', 'read_topics', 'load_miracl', 'find_captions',
+           'decode_line', 'read_zipped_lines', 'check_captions', 'read_captions', 'caption_tables', 'load_captions',
+           'benchmark_from_pairs', 'check_options', 'load_benchmark']
 
 # %% ../nbs/02_benchmarks.ipynb #48e08273
-from .pairs import SAMPLE_LANGUAGES, ParallelPairs, read_json_lines, read_paragraphs, sample_file
+from .pairs import SAMPLE_LANGUAGES, ParallelPairs, check_unicode, read_json_lines, read_paragraphs, sample_file
 from .sources import cache_dir, choose, choose_all, file_sha256, find_file
 
 # %% ../nbs/02_benchmarks.ipynb #edcf45aa
 import hashlib
 import html
 import json
+import lzma
 import os
+import re
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -60,7 +63,7 @@ def check_ids(
     what: str,  # "passage" or "query", for the message
     name: str,  # name of the benchmark, for the message
 ) -> None:
-    "Raise a `ValueError` for an id that occurs twice in one language, or for a text that is empty."
+    "Raise a `ValueError` for an id that occurs twice in one language, or for a text that is empty or none."
     repeated = frame.duplicated(["lang", "id"])
     if repeated.any():
         row = frame[repeated].iloc[0]
@@ -337,12 +340,12 @@ def read_beir_texts(
     rows, seen = [], {}
     for number, line in read_json_lines(path):
         where = f"{path} line {number}"
-        if not isinstance(line, dict) or not isinstance(line.get(id_key), (str, int)) or "text" not in line:
+        if not isinstance(line, dict) or not isinstance(line.get(id_key), (str, int)) or isinstance(line[id_key], bool) or "text" not in line:
             raise ValueError(f"{where}: expected an object with {id_key} and text, not {line!r:.80}")
-        text_id, title, text = str(line[id_key]), line.get("title") or "", line["text"]
+        text_id, title, text = check_unicode(str(line[id_key]), f"{where}: the id"), line.get("title") or "", line["text"]
         if not isinstance(title, str) or not isinstance(text, str):
             raise ValueError(f"{where}: id {text_id!r} has a text or title that is not a string")
-        text = f"{title} {text}".strip()
+        text = check_unicode(f"{title} {text}".strip(), f"{where}: id {text_id!r}")
         if not text:
             raise ValueError(f"{where}: id {text_id!r} has an empty text")
         if text_id in seen:
@@ -352,24 +355,34 @@ def read_beir_texts(
     return pd.DataFrame(rows, columns=["id", "lang", "text"], dtype=str)
 
 # %% ../nbs/02_benchmarks.ipynb #cab03ce1
+def read_table_lines(
+    path,  # a text file
+) -> Iterator:
+    "Yield (line number, line without its break) of a UTF-8 file; a `ValueError` names the line that is not UTF-8."
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").removesuffix("\n").removesuffix("\r")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path} line {number}: not UTF-8 ({error.reason})") from error
+            if "\r" in text:
+                raise ValueError(f"{path} line {number}: a carriage return inside the line")
+            yield number, text
+
+# %% ../nbs/02_benchmarks.ipynb #24bbc04f
 def read_judgements(
     path,  # a tab-separated file
 ) -> pd.DataFrame:
     "query_id, passage_id, grade, line (number in the file). Errors name the file and the line."
     rows = []
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            parts = line.rstrip("\r\n").split("\t")
-            if number == 1 and parts[-1] in ("score", "relevance", "label", "grade"):
-                continue
-            if parts == [""]:
-                continue
-            try:
-                query_id, passage_id, grade = parts if len(parts) == 3 else (parts[0], parts[2], parts[3])
-                rows.append((query_id, passage_id, int(grade), number))
-            except (ValueError, IndexError) as error:
-                expected = "expected query id, passage id and a whole number, separated by tabs"
-                raise ValueError(f"{path} line {number}: {expected}, not {line.strip()!r:.80}") from error
+    for number, line in read_table_lines(path):
+        parts = line.split("\t")
+        if (number == 1 and parts[-1] in ("score", "relevance", "label", "grade")) or parts == [""]:
+            continue
+        query_id, passage_id, grade = parts if len(parts) == 3 else (parts[0], parts[2], parts[3]) if len(parts) == 4 else ("", "", "")
+        if not query_id or not passage_id or not re.fullmatch(r"[+-]?[0-9]{1,9}", grade.strip()):
+            raise ValueError(f"{path} line {number}: expected query id, passage id and a whole number, separated by tabs, not {line.strip()!r:.80}")
+        rows.append((query_id, passage_id, int(grade), number))
     return pd.DataFrame(rows, columns=["query_id", "passage_id", "grade", "line"])
 
 # %% ../nbs/02_benchmarks.ipynb #ce176768
@@ -382,6 +395,8 @@ def link_judgements(
     left_out=(),  # languages that exist, but were not asked for
 ) -> pd.DataFrame:
     "Judgements as row numbers: query, passage, grade. Raises a `ValueError` for ids that do not exist."
+    if not len(judgements):
+        return pd.DataFrame({"query": [], "passage": [], "grade": []}, dtype=np.int64)
     in_left_out = judgements["passage_id"].str.partition("/")[0].isin(left_out)
     query = query_keys.get_indexer(lang + "/" + judgements["query_id"])
     passage = passage_keys.get_indexer(lang + "/" + judgements["passage_id"])
@@ -567,17 +582,16 @@ def read_topics(
 ) -> pd.DataFrame:
     "id, lang, text of each query. Errors name the file and the line."
     rows, seen = [], {}
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            query_id, _, text = (part.strip() for part in line.partition("\t"))
-            if not query_id or not text:
-                raise ValueError(f"{path} line {number}: expected query id and query, separated by a tab, not {line.strip()!r:.80}")
-            if query_id in seen:
-                raise ValueError(f"{path} line {number}: query id {query_id!r} was already used in line {seen[query_id]}")
-            seen[query_id] = number
-            rows.append((query_id, lang, text))
+    for number, line in read_table_lines(path):
+        if not line.strip():
+            continue
+        query_id, _, text = (part.strip() for part in line.partition("\t"))
+        if not query_id or not text:
+            raise ValueError(f"{path} line {number}: expected query id and query, separated by a tab, not {line.strip()!r:.80}")
+        if query_id in seen:
+            raise ValueError(f"{path} line {number}: query id {query_id!r} was already used in line {seen[query_id]}")
+        seen[query_id] = number
+        rows.append((query_id, lang, text))
     return pd.DataFrame(rows, columns=["id", "lang", "text"], dtype=str)
 
 # %% ../nbs/02_benchmarks.ipynb #c4ad6d41
@@ -624,6 +638,18 @@ def find_captions(
     return find_file(entry.file, url=entry.url, hint=f"Any of {', '.join(CAPTION_FILES)} will do.")
 
 # %% ../nbs/02_benchmarks.ipynb #06b233f5
+def decode_line(
+    line: bytes,  # of a JSON lines file
+    number: int,  # its number
+    where: str,  # file and line, for the message
+):
+    "The object of a line; a `ValueError` if it is not JSON in UTF-8."
+    try:
+        return json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not valid JSON ({error})") from error
+
+# %% ../nbs/02_benchmarks.ipynb #f73a5dae
 def read_zipped_lines(
     path,  # a zip file
     member: str,  # name of the JSON lines file in it, in whatever folder
@@ -639,10 +665,8 @@ def read_zipped_lines(
             with archive.open(found[0]) as lines:
                 for number, line in enumerate(lines, start=1):
                     if line.strip():
-                        yield number, json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}, {member} line {number}: not valid JSON ({error})") from error
-    except (zipfile.BadZipFile, EOFError, zlib.error) as error:
+                        yield number, decode_line(line, number, f"{path}, {member} line {number}")
+    except (zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError, struct.error, OSError, RuntimeError, OverflowError, IndexError, UnicodeDecodeError) as error:
         what = f"broken after line {number} of {member}" if number else "not a zip file that can be read"
         raise ValueError(f"{path}: {what} ({error})") from error
 
@@ -654,7 +678,7 @@ def check_captions(
     "(image key, `{lang: [caption]}`) of one image; empty captions are left out. Raises a `ValueError` for what is not in the layout."
     if not isinstance(record, dict) or not isinstance(record.get("image/key"), str) or not record["image/key"]:
         raise ValueError(f"{where}: expected an object with image/key and captions, not {record!r:.80}")
-    key, captions = record["image/key"], {}
+    key, captions = check_unicode(record["image/key"], f"{where}: image/key"), {}
     for language, value in record.items():
         if language.startswith("image/"):
             continue
@@ -666,6 +690,7 @@ def check_captions(
         for text in texts:
             if not isinstance(text, str):
                 raise ValueError(f"{where}: image {key!r} in {language} has a caption that is not a string: {text!r:.80}")
+            check_unicode(text, f"{where}: a caption of image {key!r} in {language}")
         captions[language] = [text for text in texts if text.strip()]
     if not any(captions.values()):
         raise ValueError(f"{where}: image {key!r} has no caption in any language")

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['COMPUTING_MODULES', 'PACKAGES', 'BenchmarkChoice', 'parse_benchmark', 'RunConfig', 'bare_source', 'code_hash',
-           'processor_name', 'environment', 'write_json', 'slug', 'run_folder', 'checkpoint_folder', 'open_run_folder',
-           'untouched_folder', 'rows_of', 'select', 'evaluate_missing', 'Run', 'read_run', 'training_batches',
-           'trained_encoder', 'is_complete', 'run', 'evaluated', 'complete_runs']
+           'processor_name', 'environment', 'write_json', 'read_part', 'read_json', 'slug', 'run_folder',
+           'checkpoint_folder', 'open_run_folder', 'untouched_folder', 'rows_of', 'select', 'evaluate_missing',
+           'load_trained', 'Run', 'read_run', 'training_batches', 'trained_encoder', 'is_complete', 'compute', 'run',
+           'evaluated', 'complete_runs']
 
 # %% ../nbs/10_experiment.ipynb #b7a00a13
 import ast
@@ -34,7 +35,7 @@ from .encoders import KNOWN_LANGUAGES, Encoder, check_encoder_name, choose_devic
 from .evaluation import Scores, embed, score_embeddings, write_whole
 from .pairs import ParallelPairs, load_pairs
 from .samplers import SAMPLERS, BatchSampler, composition
-from .sources import cache_dir, choose, choose_all
+from .sources import CHECKSUMS, cache_dir, choose, choose_all, find_damage, hold_folder, write_checksums, writing_to
 from .training import TrainingOptions, build_sampler, checkpoints, split_pairs, train, training_options
 
 # %% ../nbs/10_experiment.ipynb #fce0f481
@@ -155,6 +156,22 @@ def write_json(path: Path, content: dict):
     write_whole(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n"))
 
 
+def read_part(path: Path, read):
+    "Read a file of a run folder; raises `FileNotFoundError` or `ValueError` with its name and the remedy if it is missing or damaged."
+    remedy = f"remove {path.parent} to compute it again"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing from a run that was complete; {remedy}")
+    try:
+        return read(path)
+    except Exception as error:  # whatever the readers of JSON, pandas and Arrow make of broken files
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {str(error)[:200]}); {remedy}") from error
+
+
+def read_json(path: Path) -> dict:
+    "Read what `write_json` wrote."
+    return read_part(path, lambda found: dict(json.loads(found.read_bytes())))
+
+
 def slug(text: str) -> str:
     "A name as a folder name: the last two parts of a path, with anything unusual as a dash."
     return re.sub(r"[^\w.+-]+", "-", "/".join(str(text).rstrip("/").split("/")[-2:])).strip("-") or "unnamed"
@@ -174,10 +191,10 @@ def open_run_folder(config: RunConfig, folder: Path, found: dict):
     "Claim the folder of a run; raises `ValueError` if another configuration, or other code, began it."
     folder.mkdir(parents=True, exist_ok=True)
     saved, current = folder / "config.json", json.loads(json.dumps(asdict(config)))
-    if saved.exists() and RunConfig(**json.loads(saved.read_text())).key != config.key:
+    if saved.exists() and RunConfig(**read_json(saved)).key != config.key:
         raise ValueError(f"{folder} belongs to another configuration; remove it, or use another folder")
     if (folder / "environment.json").exists():
-        code = json.loads((folder / "environment.json").read_text())["code"]
+        code = read_json(folder / "environment.json")["code"]
         if code != found["code"]:
             raise ValueError(f"{folder} was begun by other code ({code}, now {found['code']}) and is not complete; remove it and {checkpoint_folder(config)} to begin again")
     write_json(saved, current)
@@ -217,6 +234,15 @@ def evaluate_missing(config: RunConfig, encoder: Encoder, folders: dict[str, Pat
             started = time.time()
 
 # %% ../nbs/10_experiment.ipynb #c6f4efeb
+def load_trained(config: RunConfig) -> Encoder:
+    "The trained encoder of a run; raises `ValueError` if its files are not as they were written."
+    folder = checkpoint_folder(config) / "encoder"
+    damage = find_damage(folder) if (folder / CHECKSUMS).exists() else ""
+    if damage:
+        raise ValueError(f"{folder}: {damage}; remove this folder to train the encoder again")
+    return config.load_encoder(folder)
+
+
 @dataclass
 class Run:
     "A complete run, as read from its folder."
@@ -233,18 +259,18 @@ class Run:
         folder = checkpoint_folder(self.config) / "encoder"
         if not folder.exists():
             raise FileNotFoundError(f"{folder} does not exist: the weights stay on the machine that trained them; delete {self.folder} and run again")
-        return self.config.load_encoder(folder)
+        return load_trained(self.config)
 
 
 def read_run(config: RunConfig, reports: str | Path = "reports") -> Run:
     "Read a complete run; warns if other code computed it."
     folder = run_folder(config, reports)
-    metrics, found = (json.loads((folder / f"{name}.json").read_text()) for name in ("metrics", "environment"))
+    metrics, found = (read_json(folder / f"{name}.json") for name in ("metrics", "environment"))
     if found["code"] != code_hash():
         warnings.warn(f"{folder} was computed by other code ({found['code']}, now {code_hash()}); delete it to compute it again", stacklevel=2)
-    log = pd.read_json(folder / "train_log.jsonl", lines=True)
-    before = {name: Scores.load(untouched_folder(config, name, reports)) for name in config.benchmarks}
-    after = {name: Scores.load(folder / slug(name)) for name in config.benchmarks}
+    log = read_part(folder / "train_log.jsonl", lambda path: pd.read_json(path, lines=True))
+    places = {name: (untouched_folder(config, name, reports), folder / slug(name)) for name in config.benchmarks}
+    before, after = ({name: read_part(both[side] / "metrics.json", lambda path: Scores.load(path.parent)) for name, both in places.items()} for side in (0, 1))
     return Run(config, folder, metrics, found, log, before, after)
 
 # %% ../nbs/10_experiment.ipynb #24d418ca
@@ -258,7 +284,7 @@ def trained_encoder(config: RunConfig, folder: Path, progress: bool) -> Encoder:
     "The encoder of a run: read from the cache, else trained; writes the log and `metrics.json` of the run."
     started, weights, device = time.time(), checkpoint_folder(config), choose_device(config.device)
     if (weights / "encoder" / "hybrid_ir.json").exists() and (folder / "metrics.json").exists():
-        return config.load_encoder(weights / "encoder")
+        return load_trained(config)
     pairs, options = config.load_pairs(), config.options()
     training, sampler = training_batches(pairs, options)
     drawn = composition(islice(sampler, options.steps), training)
@@ -267,6 +293,7 @@ def trained_encoder(config: RunConfig, folder: Path, progress: bool) -> Encoder:
     encoder = config.load_encoder()
     result = train(encoder, pairs, folder=weights, progress=progress, **asdict(options))
     encoder.save(weights / "encoder")
+    write_checksums(weights / "encoder")
     result.log.to_json(folder / "train_log.jsonl", orient="records", lines=True)
     write_json(folder / "metrics.json", {
         "training": result.to_dict(), "composition": drawn.to_dict(), "pairs": pairs.info | {"fingerprint": pairs.fingerprint},
@@ -285,27 +312,34 @@ def is_complete(config: RunConfig, reports: str | Path = "reports") -> bool:
     return all((place / "metrics.json").exists() for place in folders)
 
 
+def compute(config: RunConfig, folder: Path, reports: str | Path, progress: bool):
+    "Compute what a run lacks. Other runs of the same encoder wait for its untouched scores."
+    before = {name: untouched_folder(config, name, reports) for name in config.benchmarks}
+    with hold_folder(untouched_folder(config, "", reports).parent, wait=True):
+        if not all((place / "metrics.json").exists() for place in before.values()):
+            training_batches(config.load_pairs(), config.options())  # pairs that cannot serve the sampler fail before anything slow starts
+            evaluate_missing(config, config.load_encoder(), before, progress)
+    encoder = trained_encoder(config, folder, progress)
+    evaluate_missing(config, encoder, {name: folder / slug(name) for name in config.benchmarks}, progress)
+    write_json(folder / "config.json", asdict(config) | {"benchmarks": sorted({*evaluated(folder), *config.benchmarks})})
+
+
 def run(
     config: RunConfig,
     reports: str | Path = "reports",  # the folder of all reports; the run gets a folder of its own in it
     progress: bool = True,  # show progress bars
 ) -> Run:
-    "The run of a configuration: read from its folder as far as it is complete there, else computed."
+    "The run of a configuration: read from its folder as far as it is complete there, else computed. Raises `FolderInUse` while another process computes it."
     if not is_complete(config, reports):
         folder = run_folder(config, reports)
-        before = {name: untouched_folder(config, name, reports) for name in config.benchmarks}
-        if not all((place / "metrics.json").exists() for place in before.values()):
-            training_batches(config.load_pairs(), config.options())  # pairs that cannot serve the sampler fail before anything slow starts
-            evaluate_missing(config, config.load_encoder(), before, progress)
-        encoder = trained_encoder(config, folder, progress)
-        evaluate_missing(config, encoder, {name: folder / slug(name) for name in config.benchmarks}, progress)
-        write_json(folder / "config.json", asdict(config) | {"benchmarks": sorted({*evaluated(folder), *config.benchmarks})})
+        with hold_folder(folder), writing_to(folder, "make room on the disks of the reports and of the cache, and start the same run again"):
+            compute(config, folder, reports, progress)
     return read_run(config, reports)
 
 # %% ../nbs/10_experiment.ipynb #d348634e
 def evaluated(folder: Path) -> list[str]:
     "The benchmarks that a run has scores of, of those in its `config.json`."
-    saved = json.loads((folder / "config.json").read_text())["benchmarks"] if (folder / "config.json").exists() else []
+    saved = read_json(folder / "config.json")["benchmarks"] if (folder / "config.json").exists() else []
     return [name for name in saved if (folder / slug(name) / "metrics.json").exists()]
 
 
@@ -320,7 +354,7 @@ def complete_runs(
     wanted, asked, found = RunConfig(**values), (benchmarks,) if isinstance(benchmarks, str) else benchmarks, []
     for path in Path(reports).glob("*/runs/*/metrics.json"):
         there = evaluated(path.parent)
-        config = RunConfig(**json.loads((path.parent / "config.json").read_text()) | {"benchmarks": tuple(asked or there)})
+        config = RunConfig(**read_json(path.parent / "config.json") | {"benchmarks": tuple(asked or there)})
         if there and set(config.benchmarks) <= set(there) and all(getattr(config, name) == getattr(wanted, name) for name in values):
             found.append(config)
     order = {sampler: place for place, sampler in enumerate(SAMPLERS)}

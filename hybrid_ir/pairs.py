@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['PAIR_SCHEMA', 'PAIR_COLUMNS', 'SAMPLE_LANGUAGES', 'SAMPLE_SPLITS', 'MMARCO_LANGUAGES', 'PAIR_SETS', 'MMARCO_URL',
-           'MMARCO_TRIPLES', 'TRIPLE_COLUMNS', 'MMARCO_SCHEMA', 'check_texts', 'check_record', 'read_json_lines',
-           'text_key', 'record_rows', 'write_rows', 'check_unique', 'unfinished_prefix', 'is_running', 'remove_stale',
-           'prepare_folder', 'prepare_rows', 'connected_ids', 'PairIndex', 'index_frame', 'ParallelPairs', 'open_pairs',
-           'count_texts', 'take_rows', 'select_pairs', 'split_pairs', 'concat_pairs', 'answer_sentences',
-           'read_paragraphs', 'sample_file', 'sample_records', 'PairSet', 'load_json_lines', 'load_hub', 'mmarco_names',
-           'check_disk', 'find_mmarco', 'HashedFile', 'explain_tsv', 'read_tsv', 'first_of_each', 'add_triples',
-           'read_triples', 'KeptTexts', 'asking_line', 'keep_texts', 'language_rows', 'write_language',
-           'merge_languages', 'table_bytes', 'write_mmarco', 'load_mmarco', 'load_several', 'load_pairs']
+           'MMARCO_TRIPLES', 'TRIPLE_COLUMNS', 'MMARCO_SCHEMA', 'check_unicode', 'check_texts', 'check_negatives',
+           'check_record', 'read_json_lines', 'text_key', 'record_rows', 'write_rows', 'check_unique',
+           'unfinished_prefix', 'is_running', 'remove_stale', 'remove_damaged', 'prepare_folder', 'prepare_rows',
+           'connected_ids', 'PairIndex', 'index_frame', 'ParallelPairs', 'open_pairs', 'count_texts', 'take_rows',
+           'select_pairs', 'split_pairs', 'concat_pairs', 'answer_sentences', 'check_paragraph', 'read_paragraphs',
+           'sample_file', 'sample_records', 'PairSet', 'load_json_lines', 'check_json_folder', 'dataset_records',
+           'load_hub', 'mmarco_names', 'check_disk', 'find_mmarco', 'HashedFile', 'explain_tsv', 'check_numbers',
+           'read_tsv', 'first_of_each', 'add_triples', 'read_triples', 'KeptTexts', 'asking_line', 'keep_texts',
+           'language_rows', 'write_language', 'merge_languages', 'table_bytes', 'write_mmarco', 'load_mmarco',
+           'load_several', 'load_pairs']
 
 # %% ../nbs/01_pairs.ipynb #38e5ce4d
-from .sources import cache_dir, choose, choose_all, file_sha256, find_file
+from .sources import cache_dir, choose, choose_all, file_sha256, find_damage, find_file, write_checksums, writing_to
 
 # %% ../nbs/01_pairs.ipynb #86e9757a
 import array
@@ -30,9 +32,11 @@ import re
 import shutil
 import tempfile
 import time
+import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -48,6 +52,18 @@ from scipy.sparse.csgraph import connected_components
 from tqdm import tqdm
 
 # %% ../nbs/01_pairs.ipynb #8ba7909b
+def check_unicode(
+    text: str,
+    where: str,  # place and field, for the message
+) -> str:
+    "Return the text; raise a `ValueError` if it has half a surrogate pair."
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where} has half of a surrogate pair (U+{ord(text[error.start]):04X}, character {error.start + 1}), which is not a text") from None
+    return text
+
+# %% ../nbs/01_pairs.ipynb #b2c96f21
 def check_texts(
     field: str,  # "query" or "passage", for the message
     texts,  # {lang: text}; a missing translation may be None
@@ -58,17 +74,34 @@ def check_texts(
         raise ValueError(f"{where}: {field} must map languages to texts, not {texts!r:.80}")
     kept = {language: text for language, text in texts.items() if text is not None}
     for language, text in kept.items():
-        if not isinstance(language, str) or not language:
+        if not isinstance(language, str) or not language.strip() or "/" in check_unicode(language, f"{where}: a language of {field}"):
             raise ValueError(f"{where}: {field} has a language that is not a name: {language!r}")
         if not isinstance(text, str):
             raise ValueError(f"{where}: {field} in {language} is not a text: {text!r:.80}")
         if not text.strip():
             raise ValueError(f"{where}: {field} in {language} is empty")
+        check_unicode(text, f"{where}: {field} in {language}")
     if not kept:
         raise ValueError(f"{where}: {field} has no text in any language")
     return kept
 
 # %% ../nbs/01_pairs.ipynb #5439cb9e
+def check_negatives(
+    negatives,  # {lang: [text, ...]}, or None
+    where: str,  # place and id, for the message
+) -> dict:
+    "Return `{lang: [text]}` without empty lists; raise a `ValueError` for anything that is not a list of texts."
+    if not isinstance(negatives or {}, Mapping):
+        raise ValueError(f"{where}: negatives must map languages to lists of texts, not {negatives!r:.80}")
+    kept = {language: texts for language, texts in (negatives or {}).items() if texts}
+    for language, texts in kept.items():
+        if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) and text.strip() for text in texts):
+            raise ValueError(f"{where}: negatives in {language} must be a list of texts, none of them empty")
+        for text in texts:
+            check_unicode(text, f"{where}: a negative in {language}")
+    return kept
+
+# %% ../nbs/01_pairs.ipynb #d71e907c
 def check_record(
     record,  # one record as read
     where: str,  # where it was read, for the message: "pairs.jsonl line 7"
@@ -80,22 +113,19 @@ def check_record(
     missing = [key for key in ("id", "query", "passage") if record.get(key) is None]
     if missing:
         raise ValueError(f"{where}: id {record.get('id')!r} lacks {', '.join(missing)}")
-    pair_id = str(record["id"]) if isinstance(record["id"], (str, int)) else ""
+    pair_id = str(record["id"]) if isinstance(record["id"], (str, int)) and not isinstance(record["id"], bool) else ""
     if not pair_id:
-        raise ValueError(f"{where}: id must be a text that is not empty, not {record['id']!r}")
-    where = f"{where}, id {pair_id!r}"
-    negatives = record.get("negatives") or {}
-    if not isinstance(negatives, Mapping):
-        raise ValueError(f"{where}: negatives must map languages to lists of texts, not {negatives!r:.80}")
-    negatives = {language: texts for language, texts in negatives.items() if texts}
-    for language, texts in negatives.items():
-        if isinstance(texts, str) or not all(isinstance(text, str) and text.strip() for text in texts):
-            raise ValueError(f"{where}: negatives in {language} must be a list of texts, none of them empty")
+        raise ValueError(f"{where}: id must be a text that is not empty, not {record['id']!r:.80}")
+    where = f"{where}, id {check_unicode(pair_id, f'{where}: the id')!r:.80}"
+    for key, kinds in {"source": str, "page": (str, int), "license": str, "translation": str}.items():
+        if record.get(key) is not None and (not isinstance(record[key], kinds) or isinstance(record[key], bool)):
+            raise ValueError(f"{where}: {key} must be a text, not {record[key]!r:.80}")
+        check_unicode(str(record.get(key)), f"{where}: {key}")
     return {
         "id": pair_id,
         "query": check_texts("query", record["query"], where),
         "passage": check_texts("passage", record["passage"], where),
-        "negatives": negatives,
+        "negatives": check_negatives(record.get("negatives"), where),
         "source": record.get("source") or source,
         "page": record.get("page") or pair_id.rpartition("|")[0] or pair_id,
         "license": record.get("license"),
@@ -113,8 +143,8 @@ def read_json_lines(
         try:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
-                    yield number, json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                    yield number, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} line {number}: not valid JSON ({error})") from error
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise ValueError(f"{path}: the compressed file is broken after line {number} ({error})") from error
@@ -242,27 +272,44 @@ def remove_stale(
     return removed
 
 # %% ../nbs/01_pairs.ipynb #08b1b0b3
+def remove_damaged(
+    folder: Path,  # in the cache, written by `prepare_folder`
+) -> bool:
+    "Whether the folder is there and intact. One that is damaged is removed, with a warning."
+    damage = find_damage(folder) if folder.exists() else ""
+    if damage:
+        warnings.warn(f"{folder}: {damage}; it is prepared again", stacklevel=2)
+        aside = Path(tempfile.mkdtemp(prefix=unfinished_prefix(), dir=folder.parent))
+        with suppress(OSError):  # another process was faster
+            folder.rename(aside / folder.name)
+        shutil.rmtree(aside, ignore_errors=True)
+    return folder.exists()
+
+# %% ../nbs/01_pairs.ipynb #ede258df
 def prepare_folder(
     key: str | None,  # names the content; None: the fingerprint of what was written
     write: Callable,  # write(folder) -> dict with "fingerprint"; called only if the cache has nothing
 ) -> tuple[Path, dict]:
     "Return (folder in the cache, what `write` returned), from the cache or newly written."
     parent = cache_dir() / "pairs"
-    parent.mkdir(exist_ok=True)
-    if key is None or not (parent / key / "written.json").is_file():
-        remove_stale(parent)
-        unfinished = Path(tempfile.mkdtemp(prefix=unfinished_prefix(), dir=parent))
-        try:
-            written = write(unfinished)
-            (unfinished / "written.json").write_text(json.dumps(written, ensure_ascii=False), encoding="utf-8")
-            key = key or f"records-{written['fingerprint']}"
+    if key is None or not remove_damaged(parent / key):
+        with writing_to(parent, "make room, or set HYBRID_IR_CACHE to a folder that can be written"):
+            parent.mkdir(exist_ok=True)
+            remove_stale(parent)
+            unfinished = Path(tempfile.mkdtemp(prefix=unfinished_prefix(), dir=parent))
             try:
-                unfinished.rename(parent / key)
-            except OSError:
-                if not (parent / key / "written.json").is_file():
-                    raise  # otherwise another process was faster, with the same content
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+                written = write(unfinished)
+                (unfinished / "written.json").write_text(json.dumps(written, ensure_ascii=False), encoding="utf-8")
+                write_checksums(unfinished)
+                key = key or f"records-{written['fingerprint']}"
+                if not remove_damaged(parent / key):
+                    try:
+                        unfinished.rename(parent / key)
+                    except OSError:
+                        if not (parent / key / "written.json").is_file():
+                            raise  # otherwise another process was faster, with the same content
+            finally:
+                shutil.rmtree(unfinished, ignore_errors=True)
     return parent / key, json.loads((parent / key / "written.json").read_text(encoding="utf-8"))
 
 # %% ../nbs/01_pairs.ipynb #76203dc7
@@ -560,14 +607,41 @@ def answer_sentences(
     return sorted(numbers)
 
 # %% ../nbs/01_pairs.ipynb #ca9f754e
+def check_paragraph(
+    paragraph: dict,  # as read
+    where: str,  # file and place, for the message
+) -> None:
+    "Raise a `ValueError` for texts that are not texts, and for sentences that do not lie in the paragraph, one after the other."
+    breaks, context, end = paragraph["sentence_breaks"], paragraph["context"], 0
+    texts = {"context": context, **{f"question {number}": question["question"] for number, question in enumerate(paragraph["qas"])}}
+    for name, text in texts.items():
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"{where}: {name} must be a text that is not empty, not {text!r:.80}")
+        check_unicode(text, f"{where}: {name}")
+    for number, sentence in enumerate(breaks):
+        whole = isinstance(sentence, list) and len(sentence) == 2 and all(isinstance(place, int) for place in sentence)
+        if not whole or not end <= sentence[0] < sentence[1] <= len(context):
+            raise ValueError(f"{where}: sentence {number} must be [start, end) in a context of {len(context)} characters, after {end}, not {sentence!r:.80}")
+        end = sentence[1]
+    for question in paragraph["qas"]:
+        if not isinstance(question["id"], str) or not question["id"]:
+            raise ValueError(f"{where}: a question's id must be a text that is not empty, not {question['id']!r:.80}")
+        check_unicode(question["id"], f"{where}: a question's id")
+
+# %% ../nbs/01_pairs.ipynb #842c5cc1
 def read_paragraphs(
     path,  # a JSON file in the layout of XQuAD-R
 ) -> Iterator:
     "Yield `{\"article\", \"paragraph\", \"title\", \"context\", \"sentences\": [text], \"questions\": [(id, text, sentence numbers)]}`."
     path = Path(path)
     try:
-        for article_number, article in enumerate(json.loads(path.read_bytes())["data"]):
+        content = json.loads(path.read_bytes().decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from error
+    try:
+        for article_number, article in enumerate(content["data"]):
             for paragraph_number, paragraph in enumerate(article["paragraphs"]):
+                check_paragraph(paragraph, f"{path} article {article_number}, paragraph {paragraph_number}")
                 breaks, context = paragraph["sentence_breaks"], paragraph["context"]
                 yield {
                     "article": article_number, "paragraph": paragraph_number, "title": article["title"], "context": context,
@@ -576,9 +650,7 @@ def read_paragraphs(
                         (question["id"], question["question"], answer_sentences(question, breaks, path)) for question in paragraph["qas"]
                     ],
                 }
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from error
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not in the layout of XQuAD-R ({type(error).__name__}: {error})") from error
 
 # %% ../nbs/01_pairs.ipynb #07d76fb5
@@ -655,7 +727,31 @@ def load_json_lines(
     arrow_file, written = prepare_rows(f"{name}-{sha256[:32]}", read_json_lines(path), f"{path} line", name)
     return open_pairs(arrow_file, written, name, sha256=sha256)
 
+# %% ../nbs/01_pairs.ipynb #b68b466d
+def check_json_folder(
+    folder,  # may hold JSON lines, among other files
+) -> None:
+    "Raise a `ValueError` with file and line for JSON lines that are no objects: the native reader of `datasets` would crash the whole process."
+    for path in sorted(Path(folder).rglob("*")):
+        if path.is_file() and path.name.endswith((".jsonl", ".jsonl.gz", ".ndjson")):
+            for number, line in read_json_lines(path):
+                if not isinstance(line, dict):
+                    raise ValueError(f"{path} line {number}: expected an object with id, query and passage, not {line!r:.80}")
+
 # %% ../nbs/01_pairs.ipynb #db821a7e
+def dataset_records(
+    table: datasets.Dataset,
+    place: str,  # its name or folder, for the message
+) -> Iterator:
+    "Yield (row number, record); a `ValueError` names the row after which the files are broken."
+    number = -1
+    try:
+        for number, record in enumerate(table):
+            yield number, record
+    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
+        raise ValueError(f"dataset {place!r}: broken after row {number} ({str(error)[:300]})") from error
+
+# %% ../nbs/01_pairs.ipynb #3641e03e
 def load_hub(
     name: str,  # "hf:owner/name", or a folder: from save_to_disk, or with Parquet or JSON lines files
     split: str = "train",
@@ -663,13 +759,19 @@ def load_hub(
     "A Hugging Face dataset with the columns id, query and passage, and optionally negatives, source and page."
     place = str(name).removeprefix("hf:")
     is_saved = any((Path(place) / marker).is_file() for marker in ("state.json", "dataset_dict.json"))
+    if not is_saved and Path(place).is_dir():
+        check_json_folder(place)
     try:
         table = datasets.load_from_disk(place) if is_saved else datasets.load_dataset(place, split=split)
+        for part in [table] if isinstance(table, datasets.Dataset) else table.values():
+            part.data.table.validate(full=True)  # of a damaged Arrow file, offsets may point anywhere
     except OSError as error:
         raise FileNotFoundError(
             f"dataset {place!r} could not be loaded ({error}). Without network: save it elsewhere with save_to_disk, "
             "copy the folder, and give its path instead of the name."
         ) from error
+    except Exception as error:  # whatever Arrow, Parquet and JSON readers make of broken files
+        raise ValueError(f"dataset {place!r} could not be read, or has no split {split!r} ({type(error).__name__}: {str(error or type(error))[:300]})") from error
     if isinstance(table, datasets.DatasetDict):
         table = table[choose("split", split, table)]
     missing = [column for column in ("id", "query", "passage") if column not in table.column_names]
@@ -677,7 +779,7 @@ def load_hub(
         raise ValueError(f"dataset {place!r} lacks the columns {', '.join(missing)}; it has {', '.join(table.column_names)}")
     label = Path(place).name if Path(place).exists() else place
     key = f"{label.replace('/', '--')}-{split}-{table._fingerprint}"
-    arrow_file, written = prepare_rows(key, enumerate(table), f"dataset {place!r} row", label)
+    arrow_file, written = prepare_rows(key, dataset_records(table, place), f"dataset {place!r} row", label)
     return open_pairs(arrow_file, written, label, hub_fingerprint=table._fingerprint)
 
 # %% ../nbs/01_pairs.ipynb #36c3c194
@@ -735,17 +837,17 @@ def find_mmarco(
 
 # %% ../nbs/01_pairs.ipynb #2b1a33e0
 class HashedFile(io.FileIO):
-    "A binary file for reading, with the SHA-256 and the last byte of what was read so far, and a progress bar."
+    "A binary file for reading, with the SHA-256, the number of lines and the last byte of what was read so far, and a progress bar."
 
     def __init__(self, path):
         super().__init__(path, "rb")
-        self.sha256, self.last = hashlib.sha256(), b""
+        self.sha256, self.last, self.lines = hashlib.sha256(), b"", 0
         self.bar = tqdm(total=Path(path).stat().st_size, desc=Path(path).name, unit="B", unit_scale=True, delay=2)
 
     def read(self, size: int = -1) -> bytes:
         block = super().read(size)
         self.sha256.update(block)
-        self.last = block[-1:] or self.last
+        self.last, self.lines = block[-1:] or self.last, self.lines + block.count(b"\n")
         self.bar.update(len(block))
         return block
 
@@ -778,6 +880,18 @@ def explain_tsv(
     return ValueError(f"{path}: {error}")
 
 # %% ../nbs/01_pairs.ipynb #713478bb
+def check_numbers(
+    path,  # the file, for the message
+    line: int,  # of the first row
+    batch: pa.RecordBatch,
+) -> None:
+    "Raise a `ValueError` for a number below zero: ids of mMARCO start at 0."
+    for name, column in zip(batch.schema.names, batch.columns):
+        if column.type == pa.int32() and len(column) and pc.min(column).as_py() < 0:
+            row = int((column.to_numpy() < 0).argmax())
+            raise ValueError(f"{path} line {line + row}: {name} must be a number of at least 0, not {column[row].as_py()}")
+
+# %% ../nbs/01_pairs.ipynb #020e8bda
 def read_tsv(
     path,  # no header, no quoting
     columns: dict,  # {name: Arrow type}
@@ -797,12 +911,15 @@ def read_tsv(
                 pa.csv.ConvertOptions(column_types=columns, null_values=[], strings_can_be_null=False),
             )
             for batch in reader:
+                check_numbers(path, line, batch)
                 yield line, batch
                 line += len(batch)
             if file.last != b"\n":
                 raise ValueError(f"{path} line {line - 1}: the last line does not end with a line break; the file seems to be cut off")
+            if file.lines != line - 1:
+                raise explain_tsv(path, columns, f"{file.lines} lines were read as {line - 1}")
             hashes[path.name] = file.sha256.hexdigest()
-    except pa.ArrowInvalid as error:
+    except pa.ArrowException as error:
         raise explain_tsv(path, columns, error) from error
 
 # %% ../nbs/01_pairs.ipynb #ef6d62c1

@@ -1,5 +1,6 @@
 """What the tests share: where the data lie, and no network."""
 
+import json
 import os
 from pathlib import Path
 
@@ -41,3 +42,36 @@ def data_env(data_folder, monkeypatch) -> Path:
     "The data folder, with HYBRID_IR_DATA set to it."
     monkeypatch.setenv("HYBRID_IR_DATA", str(data_folder))
     return data_folder
+
+
+# --- what the tests of faults saw: a table for the site. HYBRID_IR_FAULTS names the file to write, else nothing is written
+FAULT_ROWS: dict[str, dict] = {}
+FAILED: set[str] = set()
+
+
+@pytest.fixture
+def fault_row(request):
+    "Record a row of the table: `fault_row(promise, fault, outcome)`, called at the end of a test, with what it observed."
+
+    def add(promise: str, fault: str, outcome: str) -> None:
+        name = f"{request.node.path.relative_to(ROOT).as_posix()}::{request.node.name}"
+        FAULT_ROWS[name] = {"test": name, "promise": promise, "fault": fault, "outcome": outcome}
+
+    return add
+
+
+def pytest_runtest_logreport(report):
+    "A test that failed has no row, and loses the one of an earlier run."
+    if report.failed:
+        FAILED.add(report.nodeid)
+
+
+def pytest_sessionfinish(session):
+    "Write the rows, beside those of tests that did not run this time."
+    target = os.environ.get("HYBRID_IR_FAULTS")
+    if target and (FAULT_ROWS or FAILED):
+        path = ROOT / target
+        known = {row["test"]: row for row in json.loads(path.read_text(encoding="utf-8"))["rows"]} if path.exists() else {}
+        rows = sorted((row for name, row in {**known, **FAULT_ROWS}.items() if name not in FAILED), key=lambda row: (row["promise"], row["test"]))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"rows": rows}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

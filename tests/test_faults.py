@@ -1,0 +1,656 @@
+"""Nothing lost: what is promised, what goes wrong, what happens. Each test leaves a row for the page "Nothing lost".
+
+The long run: `HYBRID_IR_FAULTS=reports/faults.json HYBRID_IR_LONG=1 HYBRID_IR_FUZZ=1100 pytest tests/test_faults.py tests/test_fuzz.py`
+"""
+
+import hashlib
+import http.server
+import json
+import os
+import pickle
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import zipfile
+from contextlib import contextmanager
+from html import escape
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from tiny import save_tiny
+
+from hybrid_ir import experiment
+from hybrid_ir.benchmarks import load_benchmark
+from hybrid_ir.encoders import load_encoder
+from hybrid_ir.experiment import RunConfig, checkpoint_folder, read_run, run
+from hybrid_ir.pairs import ParallelPairs, load_pairs
+from hybrid_ir.sources import DownloadError, FolderInUse, download, find_file, hold_folder, write_checksums
+from hybrid_ir.training import CheckpointError, checkpoints, train, weights_hash
+
+LONG = os.environ.get("HYBRID_IR_LONG") == "1"
+OPTIONS = dict(batch_size=12, steps=16, learning_rate=2e-3, validate_every=4, checkpoint_every=4, seed=3, patience=50)
+SMALL = dict(languages="de,en,th", batch_size=8, steps=6, validate_every=3, checkpoint_every=3, learning_rate=1e-3, query_length=32, passage_length=64)
+RESUME = "a run goes on where it stopped, and ends with the same weights"
+FOLDERS = "one run, one folder, one process"
+DAMAGE = "what is read is what was written, or an error says what is damaged"
+ROOM = "a disk that is full or read-only is named, and nothing that was whole is harmed"
+DOWNLOADS = "a download is whole and right, or it is not there"
+PROGRAMS = "no program that came with data or weights is run"
+SAME = "the same configuration gives the same numbers"
+MEMORY = "memory does not grow with the data beyond a stated budget"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("bert") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    return load_pairs("sample", languages=["de", "en", "th"])
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("HYBRID_IR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("HYBRID_IR_DATA", raising=False)
+    monkeypatch.setenv("NO_PROXY", "*")
+
+
+def tiny(folder):
+    return load_encoder(str(folder), device="cpu", precision="fp32", query_length=32, passage_length=64)
+
+
+def trained(folder, pairs, place, **options) -> str:
+    encoder = tiny(folder)
+    train(encoder, pairs, folder=place, progress=False, **OPTIONS | options)
+    return weights_hash(encoder)
+
+
+@pytest.fixture(scope="module")
+def expected(folder, pairs, tmp_path_factory):
+    "The weights of an undisturbed run."
+    return trained(folder, pairs, tmp_path_factory.mktemp("undisturbed"))
+
+
+# -------------------------------------------------------------- killed
+
+# Trains again and again in children of one process (so that torch is imported once), and kills each at a random moment.
+KILLER = """
+import json, os, random, signal, sys, time
+from hybrid_ir.encoders import load_encoder
+from hybrid_ir.pairs import load_pairs
+from hybrid_ir.training import checkpoints, train, weights_hash
+from pathlib import Path
+encoder, kills, options = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
+pairs = load_pairs("sample", languages=["de", "en", "th"])
+
+def child(place, result):
+    process = os.fork()
+    if process:
+        return process
+    model = load_encoder(encoder, device="cpu", precision="fp32", query_length=32, passage_length=64)
+    train(model, pairs, folder=place, progress=False, **options)
+    Path(result).write_text(weights_hash(model))
+    os._exit(0)
+
+def finish(place, result):
+    os.waitpid(child(place, result), 0)
+    return Path(result).read_text()
+
+started = time.time()
+undisturbed = finish("undisturbed", "first.txt")
+whole, chance, at, half = time.time() - started, random.Random(7), [], 0
+while len(at) < kills:
+    process = child("killed", "second.txt")
+    time.sleep(chance.uniform(0.02, 0.4 if kills < 10 else 0.2) * whole)
+    os.kill(process, signal.SIGKILL)
+    if os.WIFSIGNALED(os.waitpid(process, 0)[1]):
+        found = checkpoints(Path("killed")) if Path("killed").exists() else []
+        at.append(int(found[-1].name[-8:]) if found else 0)
+        half += bool(list(Path("killed").glob("*.tmp"))) if Path("killed").exists() else 0
+    else:  # it was done before: begin again
+        assert Path("second.txt").read_text() == undisturbed
+        import shutil; shutil.rmtree("killed")
+print(json.dumps({"undisturbed": undisturbed, "resumed": finish("killed", "second.txt"), "kills": len(at), "checkpoints": at, "half": half}))
+"""
+
+
+def test_killed_at_random_moments(folder, tmp_path, fault_row):
+    kills = 20 if LONG else 5
+    options = OPTIONS | dict(steps=40, checkpoint_every=1)
+    done = subprocess.run([sys.executable, "-c", KILLER, str(folder), str(kills), json.dumps(options)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout.splitlines()[-1])
+    assert seen["resumed"] == seen["undisturbed"] and seen["kills"] == kills
+    fault_row(RESUME, f"`kill -9` at {kills} random moments, resumed each time",
+              f"final weights equal those of an undisturbed run, bit for bit; {len(set(seen['checkpoints']))} different checkpoints were resumed from, {seen['half']} kills fell into the writing of a file")  # fmt: skip
+
+
+# -------------------------------------------------------------- two processes
+
+
+def start_holder(place: Path) -> subprocess.Popen:
+    code = "import sys, time; from hybrid_ir.sources import hold_folder\nwith hold_folder(sys.argv[1]):\n    print('held', flush=True); time.sleep(600)"
+    holder = subprocess.Popen([sys.executable, "-c", code, str(place)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    return holder
+
+
+def test_second_run_in_a_folder(folder, pairs, expected, tmp_path, fault_row, monkeypatch):
+    config = RunConfig(encoder=str(folder), **SMALL)
+    holder = start_holder(tmp_path / "run")
+    monkeypatch.setattr(experiment, "run_folder", lambda *arguments: tmp_path / "run")
+    with pytest.raises(FolderInUse, match=rf"run is in use by process {holder.pid} on .*another folder"):
+        trained(folder, pairs, tmp_path / "run")
+    with pytest.raises(FolderInUse, match=f"process {holder.pid}"):
+        run(config, tmp_path / "reports", progress=False)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["folder.lock"]
+    holder.kill()
+    holder.wait()
+    with hold_folder(tmp_path / "run") as left_behind:
+        assert f"process {holder.pid}" in left_behind
+    assert trained(folder, pairs, tmp_path / "run") == expected
+    fault_row(FOLDERS, "a second `train` or `run` is started into the same folder; then the first is killed and its lock file stays",
+              "the second is refused, with the number of the first process; the lock of the dead process holds nothing, and the run starts")  # fmt: skip
+
+
+# -------------------------------------------------------------- damage
+
+
+def stopped_run(folder, pairs, place: Path) -> Path:
+    "A run that was stopped after its checkpoint at step 12; the one of step 8 is still there."
+    from hybrid_ir import training
+
+    write = training.write_checkpoint
+
+    def stop(accelerator, target, step):
+        write(accelerator, target, step)
+        if step == 12:
+            raise KeyboardInterrupt
+
+    training.write_checkpoint = stop
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            trained(folder, pairs, place)
+    finally:
+        training.write_checkpoint = write
+    assert [path.name[-2:] for path in checkpoints(place)] == ["08", "12"]
+    return checkpoints(place)[-1]
+
+
+def flip(path: Path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGES = {
+    "a bit of the weights flipped": (lambda newest: flip(newest / "model.safetensors"), "model.safetensors has changed"),
+    "a bit of the optimiser flipped": (lambda newest: flip(newest / "optimizer.bin"), "optimizer.bin has changed"),
+    "the random numbers' state gone": (lambda newest: (newest / "random_states_0.pkl").unlink(), "random_states_0.pkl is missing"),
+    "the weights cut off": (lambda newest: os.truncate(newest / "model.safetensors", 1000), "model.safetensors has 1000 bytes instead of"),
+    "the checksums gone": (lambda newest: (newest / "checksums.json").unlink(), "checksums.json is missing"),
+    "the checksums damaged": (lambda newest: (newest / "checksums.json").write_text("{"), "checksums.json cannot be read"),
+}
+
+
+def test_damaged_checkpoint(folder, pairs, expected, tmp_path, fault_row):
+    stopped_run(folder, pairs, tmp_path / "whole")
+    for number, (damage, message) in enumerate(DAMAGES.values()):
+        place = tmp_path / f"copy{number}"
+        shutil.copytree(tmp_path / "whole", place)
+        damage(checkpoints(place)[-1])
+        with pytest.warns(UserWarning, match=f"checkpoint-00000012 .*{message}.*goes on from .*checkpoint-00000008"):
+            assert trained(folder, pairs, place) == expected
+    for newest in checkpoints(place := shutil.copytree(tmp_path / "whole", tmp_path / "both")):
+        flip(newest / "model.safetensors")
+    with pytest.raises(CheckpointError, match="cannot read .*checkpoint-00000012 .*changed.*checkpoint-00000008 .*remove .*both"):
+        trained(folder, pairs, place)
+    fault_row(DAMAGE, "the newest checkpoint: " + "; ".join(DAMAGES), "found before anything is loaded; a warning names the file, the run goes on from the checkpoint before, final weights equal; if both are damaged, an error names both")
+
+
+def test_half_deleted_training_folder(folder, pairs, expected, tmp_path, fault_row):
+    stopped_run(folder, pairs, tmp_path / "whole")
+    log = (tmp_path / "whole" / "train_log.jsonl").read_text()
+    for number, name in enumerate(["best.safetensors", "train_log.jsonl"]):
+        place = shutil.copytree(tmp_path / "whole", tmp_path / f"copy{number}")
+        (place / name).unlink() if number else flip(place / name)
+        assert trained(folder, pairs, place) == expected
+        assert [json.loads(line)["step"] for line in (place / "train_log.jsonl").read_text().splitlines()][: len(log.splitlines())] == [json.loads(line)["step"] for line in log.splitlines()]
+    place = shutil.copytree(tmp_path / "whole", tmp_path / "unknown")
+    (place / "training.json").write_text("{")
+    with pytest.raises(ValueError, match="training.json is damaged .*use another folder"):
+        trained(folder, pairs, place)
+    for path in checkpoints(place := shutil.copytree(tmp_path / "whole", tmp_path / "bare")):
+        shutil.rmtree(path)
+    (place / "train_log.jsonl").write_text('{"step": 1}}\n')
+    assert trained(folder, pairs, place) == expected
+    fault_row(DAMAGE, "a training folder without its log, with a bit of the best weights flipped, with a damaged identity, without any checkpoint",
+              "log and best weights come back from the checkpoint, which holds them too; an unknown identity is refused; without checkpoints the run starts again; final weights equal")  # fmt: skip
+
+
+def test_half_deleted_run_folder(folder, tmp_path, fault_row):
+    config = RunConfig(encoder=str(folder), **SMALL)
+    whole = run(config, tmp_path / "reports", progress=False)
+    kept = tmp_path / "kept"
+    shutil.copytree(whole.folder, kept)
+    for name in ("environment.json", "train_log.jsonl", "metrics.json", "sample/metrics.json"):
+        for damage in ("missing", "damaged"):
+            shutil.rmtree(whole.folder)
+            shutil.copytree(kept, whole.folder)
+            (whole.folder / name).unlink() if damage == "missing" else (whole.folder / name).write_text((kept / name).read_text()[:-9])
+            with pytest.raises((ValueError, FileNotFoundError), match=f"{name} is {damage}.*remove .*to compute it again"):
+                read_run(config, tmp_path / "reports")
+    shutil.rmtree(whole.folder)
+    again = run(config, tmp_path / "reports", progress=False)
+    assert again.after["sample"].summary().equals(whole.after["sample"].summary())
+    flip(checkpoint_folder(config) / "encoder" / "model.safetensors")
+    with pytest.raises(ValueError, match="encoder: model.safetensors has changed .*train the encoder again"):
+        again.load_encoder()
+    more = RunConfig(encoder=str(folder), **SMALL, benchmarks=("sample", "sample:de+en"))
+    with pytest.raises(ValueError, match="model.safetensors has changed"):
+        run(more, tmp_path / "reports", progress=False)
+    fault_row(DAMAGE, "a complete run folder without one of its files, or with one cut off; a bit of its trained encoder flipped",
+              "each is named, with what to remove; a flipped bit of the encoder is found before it could change a score; computed again, the scores are equal")  # fmt: skip
+
+
+def test_damaged_cache(tmp_path, fault_row):
+    records = [{"id": f"a|{n}", "query": {"en": f"question {n}"}, "passage": {"en": f"passage {n}"}} for n in range(50)]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, records)))
+    load_pairs(tmp_path / "mine.jsonl")
+    (prepared,) = (tmp_path / "cache" / "pairs").iterdir()
+    fingerprint = load_pairs(tmp_path / "mine.jsonl").fingerprint
+    damages = {"rows.arrow has changed": lambda: flip(prepared / "rows.arrow"), "rows.arrow has 200 bytes": lambda: os.truncate(prepared / "rows.arrow", 200), "written.json has": lambda: (prepared / "written.json").write_text("{"),
+               "rows.arrow is missing": lambda: (prepared / "rows.arrow").unlink(), "checksums.json is missing": lambda: (prepared / "checksums.json").unlink()}  # fmt: skip
+    for message, damage in damages.items():
+        damage()
+        with pytest.warns(UserWarning, match=f"mine-.*{message}.*prepared again"):
+            pairs = load_pairs(tmp_path / "mine.jsonl")
+        assert pairs.fingerprint == fingerprint and pairs.table["query"][:] == [record["query"]["en"] for record in records]
+        assert [path.name for path in prepared.parent.iterdir()] == [prepared.name]
+    ParallelPairs.from_records(records)
+    (other,) = [path for path in prepared.parent.iterdir() if path != prepared]
+    flip(other / "rows.arrow")
+    with pytest.warns(UserWarning, match="rows.arrow has changed"):
+        assert ParallelPairs.from_records(records).table["query"][:] == [record["query"]["en"] for record in records]
+    fault_row(DAMAGE, "a prepared table in the cache: a bit flipped, cut off, a file gone, its description damaged", "found when the table is opened; a warning names the file, and it is prepared again from its source")
+
+
+# -------------------------------------------------------------- disks
+
+
+@contextmanager
+def small_disk(size: int):
+    "A folder on a file system of its own with `size` bytes, if this process may mount one; else a limit on the size of files."
+    place = Path(tempfile.mkdtemp())
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)], capture_output=True).returncode == 0 if shutil.which("mount") else False
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if not mounted:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 4, hard))
+    try:
+        yield place, "a file system of its own, full" if mounted else "a limit of the process on the size of files"
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        if mounted:
+            subprocess.run(["umount", "-l", str(place)], check=True)
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def test_full_disk(folder, pairs, expected, tmp_path, fault_row, server, monkeypatch):
+    "Training, preparing pairs, downloading: each until the disk is full."
+    newest = stopped_run(folder, pairs, tmp_path / "whole")
+    best, state = (newest / "best.safetensors").stat().st_size, sum(path.stat().st_size for path in newest.iterdir())
+    with small_disk(2 * best + state + state // 2) as (place, kind):  # room for the first checkpoint, not for the second
+        if "limit" not in kind:
+            with pytest.raises(CheckpointError, match=r"cannot write .*checkpoint-\d+ is intact: make room"):
+                trained(folder, pairs, place / "run")
+            intact = checkpoints(place / "run")
+            assert intact and not list((place / "run").glob("*.tmp"))
+            shutil.copytree(place / "run", tmp_path / "run")
+            shutil.rmtree(place / "run")
+            assert trained(folder, pairs, tmp_path / "run") == expected
+        monkeypatch.setenv("HYBRID_IR_CACHE", str(place / "cache"))
+        records = ({"id": f"a|{n}", "query": {"en": f"question {n}"}, "passage": {"en": f"passage {n} " * 200}} for n in range(20_000))
+        with pytest.raises(OSError, match="pairs cannot be written .*HYBRID_IR_CACHE"):
+            ParallelPairs.from_records(records)
+        assert list((place / "cache" / "pairs").iterdir()) == [], "nothing half-written"
+        with pytest.raises(DownloadError, match="big.bin: cannot write .*(No space left|too large)"):
+            download(f"{server.url}/big.bin", place / "big.bin", progress=False)
+        assert not (place / "big.bin").exists()
+    fault_row(ROOM, f"the disk fills up ({kind}) during training, while pairs are prepared, during a download",
+              "training: the checkpoint before is intact and named, nothing half-written stays, and resumed with room the final weights are equal; pairs and download: an error names the folder, nothing half-written stays")  # fmt: skip
+
+
+@contextmanager
+def read_only():
+    "A folder that this process cannot write: without the rights, and as root with another user's rights for a while."
+    place = Path(tempfile.mkdtemp())
+    place.chmod(0o555)
+    is_root = os.geteuid() == 0
+    if is_root:
+        os.seteuid(65534)
+    try:
+        yield place
+    finally:
+        if is_root:
+            os.seteuid(0)
+        place.chmod(0o755)
+        shutil.rmtree(place)
+
+
+def test_read_only_folder(folder, pairs, tmp_path, fault_row, server, monkeypatch):
+    encoder, config = tiny(folder), RunConfig(**SMALL)
+    with read_only() as place:
+        for action, message in [
+            (lambda: train(encoder, pairs, folder=place / "run", progress=False, **OPTIONS), "run cannot be written .*choose a folder that can"),
+            (lambda: ParallelPairs.from_records([{"id": "a", "query": {"en": "q"}, "passage": {"en": "p"}}]), "cannot be written .*set HYBRID_IR_CACHE"),
+            (lambda: download(f"{server.url}/good.bin", place / "good.bin", progress=False), "good.bin: cannot write"),
+            (lambda: run(config, place, progress=False), "cannot be written"),
+        ]:
+            monkeypatch.setenv("HYBRID_IR_CACHE", str(place / "cache"))
+            with pytest.raises(OSError, match=message) as caught:
+                action()
+            assert str(place) in str(caught.value)
+    fault_row(ROOM, "the folder for training, for reports, for the cache, for a download is read-only", "an error names the folder, and the variable or argument that moves it, before anything is computed")
+
+
+# -------------------------------------------------------------- downloads
+
+BODY = bytes(range(256)) * 2000
+PAGE = b"<!DOCTYPE html>\n<html><title>Log in</title></html>"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def answer(self, body: bytes, length: int | None = None, code: int = 200, **headers):
+        self.send_response(code)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.send_header("Connection", "close")
+        if length is not None:
+            self.send_header("Content-Length", str(length))
+        self.end_headers()
+        self.wfile.write(body)
+        self.close_connection = True
+
+    def do_GET(self):
+        name = self.path.strip("/").split(".")[0]
+        try:
+            if name == "good":
+                self.answer(BODY, len(BODY))
+            elif name == "cut":
+                self.answer(BODY[:1000], len(BODY))
+            elif name == "chunks":  # chunked transfer that ends without its last chunk
+                self.answer(b"%x\r\n%s\r\n" % (1000, BODY[:1000]), Transfer_Encoding="chunked")
+            elif name == "silent-end":  # says no length, and ends early
+                self.answer(BODY[:1000])
+            elif name == "short":  # promises less than it has
+                self.answer(BODY, 1000)
+            elif name == "other":
+                self.answer(BODY[::-1], len(BODY))
+            elif name == "page":
+                self.answer(PAGE, len(PAGE), Content_Type="application/octet-stream")
+            elif name == "loop":
+                self.answer(b"", 0, 302, Location="/loop.bin")
+            elif name == "elsewhere":
+                self.answer(b"", 0, 302, Location="file:///etc/passwd")
+            elif name == "drip":
+                self.send_response(200)
+                self.send_header("Content-Length", "30")
+                self.end_headers()
+                for place in range(30):
+                    self.wfile.write(BODY[place : place + 1])
+                    time.sleep(0.03)
+            elif name == "stall":
+                self.answer(BODY[:1000], len(BODY))
+                self.server.released.wait(20)
+            elif name == "big":
+                self.answer(bytes(20_000_000), 20_000_000)
+        except OSError:
+            pass
+
+    def finish(self):
+        if not self.path.startswith("/stall"):
+            super().finish()
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def server():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.released, server.url = threading.Event(), f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.released.set()
+    server.shutdown()
+    server.server_close()
+
+
+FAULTS = {  # name: (what is wrong, message without a checksum, message with one); None: the download succeeds
+    "cut": ("cut off in the middle", "broke off", "broke off"),
+    "chunks": ("cut off in a chunked transfer", "broke off", "broke off"),
+    "silent-end": ("cut off by a server that names no size", None, "wrong checksum"),
+    "short": ("a size that is too small", None, "wrong checksum"),
+    "other": ("other bytes of the right size", None, "wrong checksum"),
+    "page": ("a page of HTML with the status 200", "a page of HTML", "a page of HTML"),
+    "loop": ("a redirect to itself", "redirects", "redirects"),
+    "elsewhere": ("a redirect to a file of this machine", "No connection adapters", "No connection adapters"),
+    "stall": ("nothing more after a thousand bytes", "no answer in 0.5 seconds|broke off|no connection", "no answer in 0.5 seconds|broke off|no connection"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_download(server, tmp_path, fault_row, name):
+    fault, plain, checked = FAULTS[name]
+    seen, right = [], hashlib.sha256(BODY).hexdigest()
+    for sha256, message in ((None, plain), (right, checked)):
+        target = tmp_path / "files" / f"{name}.bin"
+        if message is None:
+            assert download(f"{server.url}/{name}.bin", target, sha256, progress=False, timeout=0.5).exists()
+            seen.append("not seen")
+            target.unlink()
+            continue
+        with pytest.raises(DownloadError, match=message) as caught:
+            download(f"{server.url}/{name}.bin", target, sha256, progress=False, timeout=0.5)
+        assert f"{server.url}/{name}.bin" in str(caught.value) and not list(target.parent.iterdir())
+        seen.append(re.search(message, str(caught.value))[0])
+    outcome = f'error "{seen[1]}", nothing is left' if seen[0] == seen[1] else f'with a recorded checksum: error "{seen[1]}", nothing is left; without one it cannot be seen'
+    fault_row(DOWNLOADS, fault, outcome)
+
+
+def test_slow_download(server, tmp_path, fault_row):
+    assert download(f"{server.url}/drip.bin", tmp_path / "drip.bin", progress=False, timeout=0.5).read_bytes() == BODY[:30]
+    fault_row(DOWNLOADS, "slow, one byte after the other, for longer than the time limit", "it arrives: the limit is for silence, not for the whole")
+
+
+def test_damaged_file_in_the_cache(server, tmp_path, fault_row):
+    right = hashlib.sha256(BODY).hexdigest()
+    path = find_file("good.bin", url=f"{server.url}/good.bin", sha256=right, progress=False)
+    flip(path)
+    assert find_file("good.bin", url=f"{server.url}/good.bin", sha256=right, progress=False).read_bytes() == BODY
+    flip(path)
+    with pytest.raises(FileNotFoundError, match=r"its SHA-256 is wrong"):
+        find_file("good.bin", url=f"{server.url}/page.bin", sha256=right, progress=False)
+    fault_row(DOWNLOADS, "a downloaded file changes in the cache", "with a recorded checksum: it is downloaded again; offline, an error says so")
+
+
+def test_archive_with_paths_outside(tmp_path, fault_row):
+    image = {"image/key": "k", "en": {"caption": ["a dog", "the dog"]}, "de": {"caption": ["ein Hund", "der Hund"]}}
+    place = tmp_path / "deep" / "folder"
+    place.mkdir(parents=True)
+    for name in ("../../captions.jsonl", "/captions.jsonl", "..\\..\\captions.jsonl"):
+        with zipfile.ZipFile(place / "captions.zip", "w") as archive:
+            archive.writestr(name, json.dumps(image) + "\n")
+        try:
+            assert len(load_benchmark("xm3600", path=place / "captions.zip").queries) == 2
+        except ValueError as error:
+            assert "no captions.jsonl in this zip file" in str(error)
+        assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["captions.zip"]
+    source = "".join((ROOT / "hybrid_ir" / f"{name}.py").read_text() for name in ("sources", "pairs", "benchmarks", "encoders"))
+    assert not re.search(r"extractall|\.extract\(|unpack_archive|tarfile|Unzip|Untar", source)
+    fault_row(DOWNLOADS, "an archive with paths outside its folder", "archives are read in place and never unpacked: no file is written")
+
+
+# -------------------------------------------------------------- programs in files
+
+
+class Bomb:
+    "A pickle that writes a file when it is loaded."
+
+    def __init__(self, target: Path):
+        self.target = target
+
+    def __reduce__(self):
+        return (Path.write_text, (self.target, "executed"))
+
+
+def test_programs_in_a_checkpoint(folder, pairs, tmp_path, fault_row):
+    names = ["optimizer.bin", "scheduler.bin", "random_states_0.pkl", "custom_checkpoint_0.pkl", "custom_checkpoint_1.pkl", "model.safetensors"]
+    stopped_run(folder, pairs, tmp_path / "whole")
+    mark = tmp_path / "mark"
+    for number, name in enumerate(names):
+        for style in ("pickle", "torch"):
+            place = shutil.copytree(tmp_path / "whole", tmp_path / f"{number}{style}")
+            target = checkpoints(place)[-1] / name
+            target.write_bytes(pickle.dumps(Bomb(mark))) if style == "pickle" else torch.save(Bomb(mark), target)
+            write_checksums(target.parent)
+            with pytest.raises(CheckpointError, match=f"{name} is not a file of numbers|cannot read .*checkpoint-00000012"):
+                trained(folder, pairs, place)
+            assert not mark.exists(), name
+            shutil.rmtree(place)
+    torch.save(Bomb(mark), tmp_path / "proof.pt")
+    torch.load(tmp_path / "proof.pt", weights_only=False)
+    assert mark.exists(), "the bomb works where it is loaded without care"
+    fault_row(PROGRAMS, f"a pickle that runs a program in place of each file of a checkpoint ({', '.join(names)}), with right checksums", "refused, with the name of the file; the program did not run")
+
+
+def test_programs_in_an_encoder_folder(folder, tmp_path, fault_row):
+    mark = tmp_path / "mark"
+    place = shutil.copytree(folder, tmp_path / "planted")
+    (place / "model.safetensors").unlink()
+    for style in ("pickle", "torch"):
+        target = place / "pytorch_model.bin"
+        target.write_bytes(pickle.dumps(Bomb(mark))) if style == "pickle" else torch.save(Bomb(mark), target)
+        with pytest.raises(Exception, match=r"(?i)weights|unpickl|pickle|load"):
+            tiny(place)
+        assert not mark.exists()
+    place = shutil.copytree(folder, tmp_path / "code")
+    (place / "evil.py").write_text(f"from pathlib import Path\nPath({str(mark)!r}).write_text('executed')\nfrom transformers import BertConfig as EvilConfig, BertModel as EvilModel\n")
+    config = json.loads((place / "config.json").read_text())
+    for model_type in ("bert", "evil"):  # an architecture that transformers knows itself, and one that only the code knows
+        other = shutil.copytree(place, tmp_path / model_type)
+        (other / "config.json").write_text(json.dumps(config | {"model_type": model_type, "auto_map": {"AutoConfig": "evil.EvilConfig", "AutoModel": "evil.EvilModel"}}))
+    code = "import sys; from hybrid_ir.encoders import load_encoder; print(load_encoder(sys.argv[1], device='cpu').dim, flush=True); load_encoder(sys.argv[2], device='cpu')"
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "bert"), str(tmp_path / "evil")], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.stdout.startswith("32\n") and done.returncode != 0 and "trust_remote_code" in done.stderr and not mark.exists(), done.stderr
+    fault_row(PROGRAMS, "an encoder folder with a pickle for its weights, or with code of its own", "the pickle is refused and does not run; code that came with weights does not run (`trust_remote_code` is off)")
+
+
+def test_no_loader_of_programs_in_the_source(fault_row):
+    for path in (ROOT / "hybrid_ir").glob("*.py"):
+        text = path.read_text()
+        assert not re.search(r"\bpickle\b|weights_only\s*=\s*False|allow_pickle\s*=\s*True|trust_remote_code\s*=\s*True|(?<![\w.])(eval|exec)\(|yaml\.load\(", text), path
+    fault_row(PROGRAMS, "the source of the package", "no `pickle`, no `weights_only=False`, no `allow_pickle=True`, no `eval`")
+
+
+# -------------------------------------------------------------- determinism
+
+RUN = """
+import json, os, sys, torch
+from hybrid_ir.experiment import RunConfig, run
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+result = run(RunConfig(encoder=sys.argv[1], **json.loads(sys.argv[2])), sys.argv[3], progress=False)
+print(json.dumps({"metrics": result.after["sample"].summary().to_dict(), "losses": result.log["loss"].dropna().tolist(), "threads": result.environment["threads"]}))
+"""
+
+
+def run_with(folder, tmp_path, name: str, threads: int) -> dict:
+    env = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive", "HYBRID_IR_CACHE": str(tmp_path / f"cache-{name}")}
+    done = subprocess.run([sys.executable, "-c", RUN, str(folder), json.dumps(SMALL | dict(steps=8)), str(tmp_path / name)], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_determinism(folder, tmp_path, fault_row):
+    first, again, other = (run_with(folder, tmp_path, name, threads) for name, threads in (("a", 1), ("b", 1), ("c", 2)))
+    assert first["metrics"] == again["metrics"] and first["losses"] == again["losses"] and other["threads"] == 2
+    losses = max(abs(a - b) for a, b in zip(first["losses"], other["losses"], strict=True))
+    metrics = max(abs(first["metrics"][name][task] - other["metrics"][name][task]) for name in first["metrics"] for task in first["metrics"][name] if isinstance(first["metrics"][name][task], float) and name != "rank_distance")
+    assert losses < 1e-4 and metrics < 0.01
+    fault_row(SAME, "one configuration in two processes; then with two threads instead of one",
+              f"every loss and every score equal, bit for bit; with two threads losses differ by at most {losses:.1g} (tolerance 0.0001), scores by at most {metrics:.1g} (tolerance 0.01)")  # fmt: skip
+
+
+# -------------------------------------------------------------- memory
+
+MEASURE = """
+import json, os, sys, psutil
+from itertools import islice
+from hybrid_ir.pairs import load_pairs
+from hybrid_ir.samplers import BatchSampler
+import numpy as np
+process = psutil.Process()
+def private():
+    return process.memory_full_info().uss
+before = private()
+pairs = load_pairs(sys.argv[1])
+loaded = private() - before
+sampler = BatchSampler(pairs, "hybrid", 0.5, 100, None, 0)
+for batch in islice(sampler, 200):
+    pairs.table[batch[:, 0].tolist()]["query"]
+print(json.dumps({"rows": len(pairs), "ids": pairs.n_ids, "loaded": loaded, "drawn": private() - before}))
+"""
+BYTES_PER_ROW = 400  # index, groups, languages, the sampler's own arrays, and what Arrow keeps of a read
+BYTES_FIXED = 150_000_000
+
+
+def test_memory(tmp_path, fault_row):
+    ids = 500_000 if LONG else 20_000
+    with (tmp_path / "many.jsonl").open("w") as file:
+        for n in range(ids):
+            file.write(json.dumps({"id": f"page{n // 3}|{n}", "query": {"en": f"question {n}", "de": f"Frage {n}"}, "passage": {"en": f"passage {n} " * 8, "de": f"Absatz {n} " * 8}}) + "\n")
+    size = (tmp_path / "many.jsonl").stat().st_size
+    prepare = subprocess.run([sys.executable, "-c", "import sys; from hybrid_ir.pairs import load_pairs; load_pairs(sys.argv[1])", str(tmp_path / "many.jsonl")], capture_output=True, text=True)
+    assert prepare.returncode == 0, prepare.stderr
+    done = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path / "many.jsonl")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout.splitlines()[-1])
+    budget = BYTES_FIXED + BYTES_PER_ROW * seen["rows"]
+    assert seen["rows"] == 2 * ids and seen["drawn"] < budget, seen
+    fault_row(MEMORY, f"{seen['rows']:,} pairs ({size / 1e6:,.0f} MB of text) are opened, and 200 batches of 100 are drawn and read",
+              f"memory of the process grows by {seen['drawn'] / 1e6:,.0f} MB, {seen['drawn'] / seen['rows']:.0f} bytes a pair; budget: {BYTES_FIXED / 1e6:.0f} MB and {BYTES_PER_ROW} bytes a pair")  # fmt: skip
+
+
+# -------------------------------------------------------------- the table
+
+
+def test_the_table_names_tests_that_exist():
+    "Every row of the committed table belongs to a test of today, and the page shows the file and no numbers of its own."
+    rows = json.loads((ROOT / "reports" / "faults.json").read_text(encoding="utf-8"))["rows"]
+    assert len({row["test"] for row in rows}) == len(rows) >= 30
+    for row in rows:
+        file, _, name = row["test"].partition("::")
+        function, _, case = name.partition("[")
+        source = (ROOT / file).read_text(encoding="utf-8")
+        assert re.search(rf"^def {re.escape(function)}\(", source, re.M), row["test"]
+        assert not case or case.removesuffix("]") in FAULTS, row["test"]
+        assert row["promise"] and row["fault"] and row["outcome"] and not re.search(r"/tmp/|/work/|/home/", json.dumps(row))
+
+
+def test_the_page_shows_the_table():
+    notebook = json.loads((ROOT / "nbs" / "nothing_lost.ipynb").read_text(encoding="utf-8"))
+    shown = "".join("".join(output.get("data", {}).get("text/html", "")) for cell in notebook["cells"] for output in cell.get("outputs", []))
+    rows = json.loads((ROOT / "reports" / "faults.json").read_text(encoding="utf-8"))["rows"]
+    assert shown.count("<tr>") == len(rows) + len({row["promise"] for row in rows})
+    assert all(escape(row["outcome"]).replace("`", "") in shown for row in rows), "execute nbs/nothing_lost.ipynb again"
