@@ -321,7 +321,7 @@ def blocks(
     for number in tqdm(range(self.manifest["shards"]) if shards is None else shards, desc="Reading", unit="shard", disable=not progress):
         shard = self.shard(number)
         for start in range(0, len(shard), rows):
-            yield number * self.shard_size + start, np.asarray(shard[start : start + rows], dtype=np.float32)
+            yield number * self.shard_size + start, np.array(shard[start : start + rows], dtype=np.float32)
 
 
 @patch
