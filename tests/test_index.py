@@ -341,3 +341,16 @@ def test_searcher_answers_in_two_languages(tmp_path):
         searcher.search(" ")
     with pytest.raises(ValueError, match="exact search has no parameters"):
         Searcher(tmp_path / "sample", encoder).search("Was?", nprobe=3)
+
+
+def test_cost_page_follows_its_parameters_and_measurements(root):
+    "The page runs, and its last table is the sum of what the cells before it found."
+    import nbformat
+    from nbconvert.preprocessors import ExecutePreprocessor
+
+    notebook = nbformat.read(root / "nbs" / "cost.ipynb", as_version=4)
+    parameters = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
+    parameters.source += "\ncpu_price = gpu_price = disk_price = 0"
+    notebook.cells.append(nbformat.v4.new_code_cell("assert bill['in all'] == 0\nassert abs(encode_cpu - total * length_factor / per_thread / 3600) < 1e-6 and sizes.min() > 1\nprint('free')"))
+    ExecutePreprocessor(timeout=200).preprocess(notebook, {"metadata": {"path": str(root / "nbs")}})
+    assert notebook.cells[-1].outputs[0].text == "free\n"
