@@ -321,7 +321,7 @@ def blocks(
     for number in tqdm(range(self.manifest["shards"]) if shards is None else shards, desc="Reading", unit="shard", disable=not progress):
         shard = self.shard(number)
         for start in range(0, len(shard), rows):
-            yield number * self.shard_size + start, np.asarray(shard[start : start + rows], dtype=np.float32)
+            yield number * self.shard_size + start, np.array(shard[start : start + rows], dtype=np.float32)
 
 
 @patch
@@ -411,10 +411,14 @@ def make_index(
     if re.search(r"IDMap|RFlat|Refine|fs", str(factory)):
         raise ValueError(f"factory {factory!r}: IDMap, RFlat, Refine and fast-scan (fs) cannot be built here; {examples}")
     try:
-        return faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
+        index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
     except (RuntimeError, TypeError) as error:
         reason = re.split(r"\.(?:cpp|h):\d+: ", str(error))[-1].strip()
         raise ValueError(f"factory {factory!r} is no FAISS index for {dim} dimensions ({reason}); {examples}") from None
+    ivf = inverted_lists(index)
+    if hasattr(ivf, "do_polysemous_training"):  # a long ordering of the codes for Hamming search, which nothing here uses
+        ivf.do_polysemous_training = False
+    return index
 
 
 def inverted_lists(index: faiss.Index):
