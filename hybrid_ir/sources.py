@@ -129,7 +129,8 @@ def download(
     except requests.exceptions.ChunkedEncodingError as error:
         raise DownloadError(f"{url}: the transfer broke off before the end") from error
     except requests.exceptions.ConnectionError as error:
-        raise DownloadError(f"{url}: no connection (is this machine offline?)") from error
+        reason = f"no answer in {timeout:g} seconds" if "timed out" in str(error) else "no connection (is this machine offline?)"
+        raise DownloadError(f"{url}: {reason}") from error
     except requests.exceptions.RequestException as error:
         raise DownloadError(f"{url}: {error}") from error
     except ValueError as error:

@@ -110,7 +110,7 @@ undisturbed = finish("undisturbed", "first.txt")
 whole, chance, at, half = time.time() - started, random.Random(7), [], 0
 while len(at) < kills:
     process = child("killed", "second.txt")
-    time.sleep(chance.uniform(0.02, 0.4 if kills < 10 else 0.2) * whole)
+    time.sleep(chance.uniform(0.05, 0.4 if kills < 10 else 0.35) * whole)
     os.kill(process, signal.SIGKILL)
     if os.WIFSIGNALED(os.waitpid(process, 0)[1]):
         found = checkpoints(Path("killed")) if Path("killed").exists() else []
@@ -446,23 +446,24 @@ FAULTS = {  # name: (what is wrong, message without a checksum, message with one
     "page": ("a page of HTML with the status 200", "a page of HTML", "a page of HTML"),
     "loop": ("a redirect to itself", "redirects", "redirects"),
     "elsewhere": ("a redirect to a file of this machine", "No connection adapters", "No connection adapters"),
-    "stall": ("nothing more after a thousand bytes", "no answer in 0.5 seconds|broke off|no connection", "no answer in 0.5 seconds|broke off|no connection"),
+    "stall": ("nothing more after a thousand bytes", "no answer in 0.5 seconds", "no answer in 0.5 seconds"),
 }
 
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_download(server, tmp_path, fault_row, name):
     fault, plain, checked = FAULTS[name]
+    limit = 0.5 if name == "stall" else 30  # seconds of silence
     seen, right = [], hashlib.sha256(BODY).hexdigest()
     for sha256, message in ((None, plain), (right, checked)):
         target = tmp_path / "files" / f"{name}.bin"
         if message is None:
-            assert download(f"{server.url}/{name}.bin", target, sha256, progress=False, timeout=0.5).exists()
+            assert download(f"{server.url}/{name}.bin", target, sha256, progress=False, timeout=limit).exists()
             seen.append("not seen")
             target.unlink()
             continue
         with pytest.raises(DownloadError, match=message) as caught:
-            download(f"{server.url}/{name}.bin", target, sha256, progress=False, timeout=0.5)
+            download(f"{server.url}/{name}.bin", target, sha256, progress=False, timeout=limit)
         assert f"{server.url}/{name}.bin" in str(caught.value) and not list(target.parent.iterdir())
         seen.append(re.search(message, str(caught.value))[0])
     outcome = f'error "{seen[1]}", nothing is left' if seen[0] == seen[1] else f'with a recorded checksum: error "{seen[1]}", nothing is left; without one it cannot be seen'
