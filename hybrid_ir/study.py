@@ -144,8 +144,10 @@ def study_runs(plan: Plan, settings: dict) -> list[RunConfig]:
 
 # %% ../nbs/12_study.ipynb #f2c29879
 def report_benchmarks(encoder: str, reports: str | Path = "reports") -> list[str]:
-    "The benchmarks of an encoder that have runs of the study to show."
-    return [name for name in PLANS[encoder].benchmarks if (Path(reports) / slug(encoder) / "untouched" / slug(name) / "metrics.json").exists()]
+    "The benchmarks on which runs of the study with this encoder have scores to show."
+    settings = chosen_settings(encoder, reports)
+    folders = {run_folder(config, reports) for config in study_runs(PLANS[encoder], settings)} if settings else set()
+    return [name for name in PLANS[encoder].benchmarks if any((folder / slug(name) / "metrics.json").exists() for folder in folders)]
 
 # %% ../nbs/12_study.ipynb #28b38449
 def study_progress(reports: str | Path = "reports") -> pd.DataFrame:
