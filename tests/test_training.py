@@ -385,10 +385,10 @@ def test_repeated_ids_are_for_training_batches_only(folder, pairs, sampler):
     batches = {}
     for unique_ids in (True, False):
         trainer = Trainer(tiny(folder), pairs, training_options(**OPTIONS | dict(unique_ids=unique_ids, sampler=sampler, batch_size=20, heldout=0.3)), None, progress=False)
-        ids = trainer.training.id_of_row
+        training_part, heldout = pairs.split(0.3, seed=OPTIONS["seed"])
+        ids = training_part.id_of_row
         drawn = [ids[trainer.sampler.next_batch()[:, 0]] for _ in range(20)]
         assert all(len(set(batch)) == 20 for batch in drawn) == unique_ids
-        heldout = pairs.split(0.3, seed=OPTIONS["seed"])[1]
         batches[unique_ids] = trainer.validation
         for batch in trainer.validation:
             assert len(set(batch.groups)) == len(batch) > 1 and set(batch.groups) <= set(heldout.groups), "validation batches never repeat an id or a passage"

@@ -110,7 +110,7 @@ def finish_cell(cell: dict, source: Path) -> None:
         if "text/markdown" in data:
             text = "".join(data["text/markdown"])
             name = re.search(r"^#+ (\S+)$", text, re.M)
-            anchor = f"#{name.group(1).split('.')[0].lower()}" if name else ""
+            anchor = f"#{name.group(1).split('.')[-1].lower()}" if name else ""  # a method that was added with @patch has a heading of its own
             up = "../" * (len(site_path(source).parts) - 1)
             data["text/markdown"] = SOURCE_LINK.sub(lambda m: f"]({up}source/{m.group(1)}.md{anchor})", text)
 
