@@ -237,14 +237,13 @@ def find_checkout(start: Path) -> Path:
 def study_matrix(encoders: list[str], only: str, reports: Path) -> list[dict]:
     "The runs of the study whose description matches `only`, and whether each is complete."
     from hybrid_ir.experiment import is_complete, run_folder
-    from hybrid_ir.study import PLANS, chosen_settings, study_runs, variant_name
+    from hybrid_ir.study import PLANS, chosen_settings, describe, study_runs
 
     rows = []
     for encoder in encoders:
         for config in study_runs(PLANS[encoder], chosen_settings(encoder, reports) or {}):
-            described = f"{encoder} {variant_name(config)}, seed {config.seed}: {', '.join(config.benchmarks)}"
-            if re.search(only, described):
-                rows.append({"run": described, "encoder": encoder, "folder": run_folder(config, "reports").as_posix(), "complete": is_complete(config, reports)})
+            if re.search(only, describe(config)):
+                rows.append({"run": describe(config), "encoder": encoder, "folder": run_folder(config, "reports").as_posix(), "complete": is_complete(config, reports)})
     return rows
 
 

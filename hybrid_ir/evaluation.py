@@ -6,14 +6,13 @@
 __all__ = ['TASKS', 'POOL', 'SMALL_TABLE', 'call_encoder', 'embed', 'judgement_languages', 'choose_tasks', 'query_rows',
            'query_language_numbers', 'corpus_rows', 'pool_rows', 'query_contributions', 'by_query_table', 'cell_means',
            'language_table', 'gap_rows', 'estimates', 'ScoreTables', 'shown_tables', 'html_table', 'markdown_table',
-           'plain', 'json_lines', 'write_whole', 'significant', 'write_rows', 'Scores', 'own_corpus_top',
-           'benchmark_info', 'score_embeddings', 'evaluate', 'query_values', 'check_comparable', 'seed_values',
-           'same_queries', 'compare', 'compare_gap']
+           'plain', 'json_lines', 'significant', 'write_rows', 'Scores', 'own_corpus_top', 'benchmark_info',
+           'score_embeddings', 'evaluate', 'query_values', 'check_comparable', 'seed_values', 'same_queries', 'compare',
+           'compare_gap']
 
 # %% ../nbs/09_evaluation.ipynb #c6bb8c24
 import inspect
 import json
-import os
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -24,7 +23,7 @@ from tqdm import tqdm
 
 from . import metrics, retrieval
 from .metrics import MEASURES, Estimate
-from .sources import choose, choose_all
+from .sources import choose, choose_all, whole_file
 
 # %% ../nbs/09_evaluation.ipynb #a8b4da53
 def call_encoder(
@@ -355,16 +354,6 @@ def json_lines(
     texts = [f" {json.dumps(key)}: " + (text if isinstance(text, str) else "{\n" + ",\n".join(text) + "\n }") for key, text in entries.items()]
     return "{\n" + ",\n".join(texts) + "\n}\n"
 
-
-def write_whole(
-    path,  # the file to write
-    write,  # called with a temporary path
-):
-    "Write a file under a temporary name and rename it, so that nobody reads half of it."
-    temporary = Path(f"{path}.partial")
-    write(temporary)
-    os.replace(temporary, path)
-
 # %% ../nbs/09_evaluation.ipynb #2ba833d9
 SMALL_TABLE = 20_000  # rows up to which `Scores.save` keeps every measure of each query
 
@@ -429,8 +418,10 @@ class Scores(ScoreTables):
             there = [name for name in self.measures if name in table]
             keep = choose_all("measure", (there if len(table) <= SMALL_TABLE else there[:1]) if keep is None else keep, there)
             rows = table.drop(columns=[name for name in [*there, "worst_rank"] if name in table and name not in keep])
-            write_whole(folder / "per_query.parquet", lambda path: write_rows(path, rows))
-        write_whole(folder / "metrics.json", lambda path: path.write_text(json_lines(self.to_dict())))
+            with whole_file(folder / "per_query.parquet") as path:
+                write_rows(path, rows)
+        with whole_file(folder / "metrics.json") as path:
+            path.write_text(json_lines(self.to_dict()))
         return folder
 
     @classmethod

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['COMPUTING_MODULES', 'PACKAGES', 'BenchmarkChoice', 'parse_benchmark', 'RunConfig', 'bare_source', 'code_hash',
-           'processor_name', 'environment', 'write_json', 'read_part', 'read_json', 'slug', 'run_folder',
-           'checkpoint_folder', 'open_run_folder', 'untouched_folder', 'rows_of', 'select', 'evaluate_missing',
-           'load_trained', 'Run', 'read_run', 'training_batches', 'trained_encoder', 'is_complete', 'compute', 'run',
-           'evaluated', 'complete_runs']
+           'processor_name', 'environment', 'read_part', 'read_json', 'slug', 'run_folder', 'checkpoint_folder',
+           'open_run_folder', 'untouched_folder', 'rows_of', 'select', 'evaluate_missing', 'load_trained', 'Run',
+           'read_run', 'training_batches', 'trained_encoder', 'is_complete', 'compute', 'run', 'evaluated',
+           'complete_runs']
 
 # %% ../nbs/10_experiment.ipynb #b7a00a13
 import ast
@@ -32,10 +32,10 @@ import torch
 import hybrid_ir
 from .benchmarks import BENCHMARKS, Benchmark, load_benchmark
 from .encoders import KNOWN_LANGUAGES, Encoder, check_encoder_name, choose_device, choose_precision, load_encoder
-from .evaluation import Scores, embed, score_embeddings, write_whole
+from .evaluation import Scores, embed, score_embeddings
 from .pairs import ParallelPairs, load_pairs
 from .samplers import SAMPLERS, BatchSampler, composition
-from .sources import CHECKSUMS, cache_dir, choose, choose_all, find_damage, hold_folder, write_checksums, writing_to
+from .sources import CHECKSUMS, cache_dir, choose, choose_all, find_damage, hold_folder, write_checksums, write_json, writing_to
 from .training import TrainingOptions, build_sampler, checkpoints, split_pairs, train, training_options
 
 # %% ../nbs/10_experiment.ipynb #fce0f481
@@ -151,11 +151,6 @@ def environment(device: torch.device, precision: str) -> dict:
     }  # fmt: skip
 
 # %% ../nbs/10_experiment.ipynb #c348acbe
-def write_json(path: Path, content: dict):
-    "Write `content`, never leaving half a file under the final name."
-    write_whole(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n"))
-
-
 def read_part(path: Path, read):
     "Read a file of a run folder; raises `FileNotFoundError` or `ValueError` with its name and the remedy if it is missing or damaged."
     remedy = f"remove {path.parent} to compute it again"

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['TRAINING_LANGUAGES', 'PLANS', 'PAPER_SAMPLERS', 'CLAIMS', 'GAP_CLAIMS', 'Plan', 'selection_file', 'try_settings',
            'chosen_settings', 'choose_settings', 'study_runs', 'report_benchmarks', 'study_progress', 'variant_name',
-           'Comparison', 'load_comparison', 'published', 'Claim', 'verdict', 'effect_of', 'for_queries_in', 'judge',
-           'unseen_languages', 'judge_all', 'all_comparisons', 'alpha_curve', 'narrowing_in_words', 'gap_answer',
-           'ablation_answer']
+           'describe', 'Comparison', 'load_comparison', 'published', 'Claim', 'verdict', 'effect_of', 'for_queries_in',
+           'judge', 'unseen_languages', 'judge_all', 'all_comparisons', 'alpha_curve', 'narrowing_in_words',
+           'gap_answer', 'ablation_answer']
 
 # %% ../nbs/12_study.ipynb #3efa6b0c
 import json
@@ -22,9 +22,9 @@ import hybrid_ir
 from .benchmarks import benchmark_from_pairs
 from .encoders import KNOWN_LANGUAGES, load_encoder
 from .evaluation import Scores, compare, evaluate, seed_values
-from .experiment import Run, RunConfig, complete_runs, run_folder, slug, write_json
+from .experiment import Run, RunConfig, complete_runs, run_folder, slug
 from .samplers import SAMPLERS
-from .sources import cache_dir, choose
+from .sources import cache_dir, choose, write_json
 from .training import split_pairs, train
 
 # %% ../nbs/12_study.ipynb #5b9b2478
@@ -170,6 +170,11 @@ def variant_name(config: RunConfig) -> str:
     "The sampler, and what is unusual about it."
     alpha = f", alpha {config.alpha:g}" if config.sampler == "hybrid" and config.alpha != 0.5 else ""
     return f"{config.sampler}{alpha}{'' if config.unique_ids else ', ids may repeat'}"
+
+
+def describe(config: RunConfig) -> str:
+    "A run in a few words: encoder, variant, seed and benchmarks."
+    return f"{config.encoder} {variant_name(config)}, seed {config.seed}: {', '.join(config.benchmarks)}"
 
 
 @dataclass

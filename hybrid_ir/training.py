@@ -20,6 +20,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,7 @@ from .encoders import Encoder, autocast, choose_precision
 from .losses import info_nce
 from .pairs import ParallelPairs
 from .samplers import BatchSampler, check_parameters
-from .sources import choose, find_damage, hold_folder, write_checksums
+from .sources import choose, find_damage, hold_folder, whole_file, write_checksums, write_json
 
 # %% ../nbs/06_training.ipynb #0700878b
 SCHEDULES = ("linear", "cosine", "constant")
@@ -136,11 +137,13 @@ class TokenStream:
         "The tokens of the questions (`query`) or passages of some rows, int32 [length] each."
         return self.encoder.tokenize(self.texts[[int(row) for row in rows]][kind], kind, self.lengths[kind])
 
-    def take_negatives(self, rows: np.ndarray) -> list[np.ndarray]:
-        "The tokens of all hard negatives of some rows."
-        found = self.texts[[int(row) for row in rows]]["negatives"] if self.negatives else []
-        texts = [text for negatives in found for text in (negatives or [])[: self.negatives]]
-        return self.encoder.tokenize(texts, "passage", self.lengths["passage"]) if texts else []
+    def take_negatives(self, rows: np.ndarray) -> list[list[np.ndarray]]:
+        "The tokens of the hard negatives of some rows, one list for each row."
+        found = self.texts[[int(row) for row in rows]]["negatives"] if self.negatives else [None] * len(rows)
+        lists = [(negatives or [])[: self.negatives] for negatives in found]
+        texts = [text for negatives in lists for text in negatives]
+        tokens = iter(self.encoder.tokenize(texts, "passage", self.lengths["passage"]) if texts else [])
+        return [list(islice(tokens, len(negatives))) for negatives in lists]
 
 # %% ../nbs/06_training.ipynb #ccd739e3
 class TokenTable:
@@ -160,16 +163,17 @@ class TokenTable:
                     bar.update(min(block, len(pairs) - start))
                 self.tokens[kind], self.offsets[kind] = np.concatenate(parts), np.append(0, np.cumsum(lengths))
         if options.hard_negatives:
-            self.negatives = [stream.take_negatives([row]) for row in range(len(pairs))]
+            blocks = (range(start, min(start + block, len(pairs))) for start in range(0, len(pairs), block))
+            self.negatives = [found for rows in blocks for found in stream.take_negatives(rows)]
 
     def take(self, kind: str, rows: np.ndarray) -> list[np.ndarray]:
         "The tokens of the questions (`query`) or passages of some rows, int32 [length] each."
         offsets = self.offsets[kind]
         return [self.tokens[kind][offsets[row] : offsets[row + 1]] for row in rows]
 
-    def take_negatives(self, rows: np.ndarray) -> list[np.ndarray]:
-        "The tokens of all hard negatives of some rows."
-        return [tokens for row in rows for tokens in self.negatives[row]] if self.negatives else []
+    def take_negatives(self, rows: np.ndarray) -> list[list[np.ndarray]]:
+        "The tokens of the hard negatives of some rows, one list for each row."
+        return [self.negatives[row] for row in rows] if self.negatives else []
 
     def arrays(self) -> list[np.ndarray]:
         "Arrays that hold every token in use."
@@ -190,7 +194,8 @@ class TokenBatch:
     @classmethod
     def from_rows(cls, rows: np.ndarray, tokens: TokenTable | TokenStream, pairs: ParallelPairs) -> "TokenBatch":
         "The batch of the (question row, passage row), int [B, 2]."
-        texts = tokens.take("query", rows[:, 0]) + tokens.take("passage", rows[:, 1]) + tokens.take_negatives(rows[:, 1])
+        negatives = [text for found in tokens.take_negatives(rows[:, 1]) for text in found]
+        texts = tokens.take("query", rows[:, 0]) + tokens.take("passage", rows[:, 1]) + negatives
         return cls(texts, pairs.groups[pairs.id_of_row[rows[:, 1]]])
 
     def __len__(self) -> int:
@@ -365,9 +370,7 @@ def claim_folder(folder: Path, identity: dict):
     folder.mkdir(parents=True, exist_ok=True)
     if checkpoints(folder):
         raise ValueError(f"{folder} has checkpoints but no training.json, so their run is unknown; use another folder or remove it")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(identity, indent=1))
-    temporary.rename(path)
+    write_json(path, identity)
 
 # %% ../nbs/06_training.ipynb #a9b3840b
 class RunLog:
@@ -407,7 +410,8 @@ class Trainer:
         torch.manual_seed(options.seed + self.accelerator.process_index)
         is_small = len(training) <= TABLE_ROWS
         tokens = TokenTable(encoder, training, options, self.show) if is_small else TokenStream(encoder, training, options)
-        self.validation = [TokenBatch.from_rows(rows, TokenStream(encoder, heldout, options), heldout) for rows in fixed]
+        heldout_tokens = TokenStream(encoder, heldout, options) if heldout else None
+        self.validation = [TokenBatch.from_rows(rows, heldout_tokens, heldout) for rows in fixed]
         self.vocabulary = CompactVocabulary(encoder, tokens.arrays() + [text for batch in self.validation for text in batch.texts]) if options.train_embeddings and is_small else None
         if self.vocabulary:
             tokens.translate(self.vocabulary)
@@ -504,13 +508,11 @@ def validate(self: Trainer) -> dict:
 def save_best(self: Trainer):
     "Write the best weights as `best.safetensors`, under a temporary name first."
     if self.folder and self.accelerator.is_main_process:
-        temporary = self.folder / "best.tmp"
         try:
-            save_file(self.best, temporary, metadata={"step": str(self.progress.best_step)})
+            with whole_file(self.folder / "best.safetensors") as temporary:
+                save_file(self.best, temporary, metadata={"step": str(self.progress.best_step)})
         except Exception as error:
-            temporary.unlink(missing_ok=True)
             raise CheckpointError(f"cannot write {self.folder / 'best.safetensors'} ({error}); the earlier files in {self.folder} are intact") from error
-        temporary.rename(self.folder / "best.safetensors")
 
 # %% ../nbs/06_training.ipynb #d052fb3e
 def newest_intact(folder: Path) -> tuple[Path | None, dict[Path, str]]:

@@ -123,7 +123,7 @@ def main():
 def write_results(results: dict, options):
     import faiss
     from hybrid_ir.experiment import processor_name
-    from hybrid_ir.index import write_json
+    from hybrid_ir.sources import write_json
 
     results |= {
         "machine": {"processor": processor_name(), "faiss threads": faiss.omp_get_max_threads(), "system": platform.system()},

@@ -219,7 +219,7 @@ STUDY_PAGES = ("method.ipynb", "reports/summary.ipynb", "speed.ipynb", "cost.ipy
 
 
 def sidebar(pages: dict[str, list], reports: list[Path]) -> dict:
-    "The sidebar in reading order: home, how-to pages, modules, what papermill runs, and one section for each folder of reports."
+    "The sidebar in reading order: home, the study, how-to pages, reference, what papermill runs, and one section for each folder of reports."
     contents: list = [{"text": "Home", "href": "index.ipynb"}]
     contents += [{"section": title, "contents": found} for title, found in pages.items() if found]
     folders: dict[str, list] = {}

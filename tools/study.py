@@ -19,7 +19,7 @@ from tqdm import tqdm  # noqa: E402
 
 from hybrid_ir.experiment import RunConfig, is_complete, run_folder, slug  # noqa: E402
 from hybrid_ir.sources import cache_dir  # noqa: E402
-from hybrid_ir.study import PLANS, choose_settings, chosen_settings, report_benchmarks, study_runs, variant_name  # noqa: E402
+from hybrid_ir.study import PLANS, choose_settings, chosen_settings, describe, report_benchmarks, study_runs  # noqa: E402
 
 RUN_PARAMETERS = ("encoder", "train", "sampler", "alpha", "batch_size", "steps", "learning_rate", "temperature", "query_length", "passage_length", "unique_ids", "dropout", "validate_every", "seed", "device", "precision")
 
@@ -40,11 +40,6 @@ def compute(config: RunConfig):
     parameters = {name: getattr(config, name) for name in RUN_PARAMETERS}
     parameters |= {"benchmark": ",".join(config.benchmarks), "languages": ",".join(config.languages)}
     execute("run.ipynb", cache_dir() / "study" / slug(config.encoder) / f"{run_folder(config).name}.ipynb", parameters)
-
-
-def describe(config: RunConfig) -> str:
-    "A run in a few words."
-    return f"{config.encoder} {variant_name(config)}, seed {config.seed}: {', '.join(config.benchmarks)}"
 
 
 def render_reports(encoders: list[str]):
