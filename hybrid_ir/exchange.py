@@ -57,7 +57,7 @@ def rows_to_dataset(
     "One training set, or a part of it; see `pairs_to_dataset`."
     table = pairs.table.select(rows).rename_column("lang", "language")
     sources = pd.Series(table.with_format("arrow")["source"][:].to_pandas())
-    added = {"page": [f"{key:016x}" for key in pairs.frame["page_key"].to_numpy()[rows]], **{fact: sources.map(source_facts(pairs, fact)) for fact in ("license", "translation")}}
+    added = {"page": [f"{key:016x}" for key in pairs.page_key[pairs.id_of_row[rows]]], **{fact: sources.map(source_facts(pairs, fact)) for fact in ("license", "translation")}}
     columns = [datasets.Dataset(pa.table({name: pa.array(list(values), pa.string(), from_pandas=True)})) for name, values in added.items()]
     return datasets.concatenate_datasets([table, *columns], axis=1)
 

@@ -27,7 +27,7 @@ from fastcore.basics import patch
 
 from .encoders import Encoder, EncoderConfig, UseModel, check_pooling, choose_device, load_encoder, no_file_bars
 from .evaluation import Scores, markdown_table
-from .pairs import PairIndex, ParallelPairs, text_key
+from .pairs import PairIndex, ParallelPairs, build_index, text_key
 from .samplers import SAMPLERS, BatchSampler
 from .sources import choose
 
@@ -73,11 +73,11 @@ def index_dataset(
         row = int(order[1:][twice][0])
         raise ValueError(f"id {columns['id'][row].as_py()!r} has two rows in {languages[row]!r}, the second is row {row}")
     frame = pd.DataFrame({
-        "set": np.int16(0), "record": numbers, "lang": languages, "has_query": pc.is_valid(columns["query"]).to_numpy(zero_copy_only=False),
+        "set": np.int16(0), "record": numbers, "lang": languages.codes, "has_query": pc.is_valid(columns["query"]).to_numpy(zero_copy_only=False),
         "has_passage": pc.is_valid(columns["passage"]).to_numpy(zero_copy_only=False), "page_key": numbers.astype(np.uint64),
         "passage_key": passage_keys(columns["passage"]), "query_key": np.uint64(0),
     })
-    index = PairIndex(frame.iloc[order])
+    index = build_index([frame.iloc[order]], len(frame), list(languages.categories))
     index.set_names = ["dataset"]
     return index, order
 

@@ -219,7 +219,7 @@ def next_batch(self: BatchSampler) -> np.ndarray:
         ids = part.queue.take(self.batch_size, self.has_pair[:, language])
         query_languages = passage_languages = np.full(len(ids), language)
     columns = np.array(self.columns)
-    return np.stack([self.query_rows[ids, columns[query_languages]], self.passage_rows[ids, columns[passage_languages]]], axis=1)
+    return np.stack([self.query_rows[ids, columns[query_languages]], self.passage_rows[ids, columns[passage_languages]]], axis=1, dtype=np.int64)
 
 # %% ../nbs/04_samplers.ipynb #54046c30
 @dataclass

@@ -150,7 +150,7 @@ class TokenTable:
     "The same for pairs whose tokens fit into memory, computed once."
 
     def __init__(self, encoder: Encoder, pairs: ParallelPairs, options: TrainingOptions, progress: bool = True, block: int = 4096):
-        stream, present = TokenStream(encoder, pairs, options), {"query": pairs.frame["has_query"].to_numpy(), "passage": pairs.frame["has_passage"].to_numpy()}
+        stream, present = TokenStream(encoder, pairs, options), {"query": pairs.has_query, "passage": pairs.has_passage}
         self.tokens, self.offsets, self.negatives = {}, {}, None
         with tqdm(total=2 * len(pairs), desc="tokenising", unit="text", leave=False, disable=not progress, mininterval=1) as bar:
             for kind, has_text in present.items():

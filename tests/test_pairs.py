@@ -19,8 +19,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hybrid_ir import pairs as pairs_module
-from hybrid_ir.pairs import PAIR_SETS, SAMPLE_LANGUAGES, ParallelPairs, load_pairs, read_paragraphs, sample_file
-from hybrid_ir.sources import file_sha256
+from hybrid_ir.pairs import PAIR_SETS, SAMPLE_LANGUAGES, PairIndex, ParallelPairs, load_pairs, read_paragraphs, sample_file
+from hybrid_ir.sources import cache_dir, file_sha256
 
 SCRIPTS = {"ar": "ARABIC", "el": "GREEK", "hi": "DEVANAGARI", "ru": "CYRILLIC", "th": "THAI", "zh": "CJK"}
 
@@ -49,7 +49,7 @@ def check_invariants(pairs: ParallelPairs):
     assert pairs.languages == sorted(set(table["lang"])) and len(pairs.ids) == pairs.n_ids
     shape = (pairs.n_ids, len(pairs.languages))
     for rows, column in ((pairs.rows, None), (pairs.query_rows, "query"), (pairs.passage_rows, "passage")):
-        assert rows.shape == shape and rows.dtype == np.int64
+        assert rows.shape == shape and rows.dtype == np.int32
         positions, languages = np.nonzero(rows >= 0)
         found = table.iloc[rows[positions, languages]]
         assert (found["id"].to_numpy() == pairs.ids[positions].to_numpy()).all()
@@ -227,6 +227,33 @@ def test_split_with_bad_fractions():
             pairs.split(fraction)
     with pytest.raises(ValueError, match="smallest block"):
         pairs.split(0.5)
+
+
+def test_an_index_on_disk_is_the_index_in_memory(monkeypatch):
+    records = [record(f"page{n // 4}|{n}", passage=("de", "en") if n % 3 else ("en",)) for n in range(60)]
+    records[7]["passage"]["en"] = records[50]["passage"]["en"]
+    monkeypatch.setattr("hybrid_ir.pairs.BLOCK_ROWS", 7)
+
+    def make():
+        pairs = ParallelPairs.from_records(records)
+        joined = ParallelPairs.concat([pairs.select("en"), pairs])
+        return [pairs, *pairs.split(heldout=0.2), joined, joined.split(heldout=0.3)[1]]
+
+    in_memory = make()
+    monkeypatch.setattr("hybrid_ir.pairs.MAPPED_ROWS", 3)
+    for on_disk in (make(), make()):  # written, then found
+        for mine, others in zip(in_memory, on_disk):
+            check_invariants(others)
+            for name in PairIndex.__annotations__:
+                first, second = getattr(mine, name), getattr(others, name)
+                assert (first is None and second is None) or (first.dtype == second.dtype and np.array_equal(first, second)), name
+            assert mine.fingerprint == others.fingerprint and list(mine.ids) == list(others.ids) and mine.table.to_dict() == others.table.to_dict()
+            assert not others.groups.flags.writeable  # a file, not memory
+    folders = [path for path in (cache_dir() / "pairs").glob("index-*") if path.name == f"index-{in_memory[0].fingerprint}"]
+    assert len(folders) == 1
+    os.truncate(folders[0] / "groups.npy", 100)
+    with pytest.warns(UserWarning, match="groups.npy has 100 bytes"):
+        assert np.array_equal(ParallelPairs.from_records(records).groups, in_memory[0].groups)
 
 
 def test_concat():
