@@ -1,0 +1,184 @@
+"""Samplers and pairs at the paper's scale: a generated training set of 40 million rows in 9 languages, opened, split and sampled from.
+
+    python speed/pairs_scale.py --rows 40000000
+
+The texts are generated ("passage 17 in de ..."), one id in fifty shares its passage with its neighbour, and four ids make a page. Each step runs in
+a process of its own. Reported are seconds and the peak of anonymous memory: what the process needs beyond mapped files, which the system
+may drop at any time. Writes speed/results/pairs_scale.json; the set (180 bytes a row) and its index are made below --folder and removed in the end.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import re
+import shutil
+import threading
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+RESULTS = Path(__file__).parent / "results" / "pairs_scale.json"
+LANGUAGES = ["ar", "de", "en", "es", "fr", "hi", "ru", "th", "zh"]
+SAMPLERS, BATCHES = ("mono", "cross", "hybrid", "mixed"), 2000
+
+
+def write_set(folder: Path, rows: int):
+    "What `prepare_rows` would have written for these records, column by column instead of record by record."
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    from hybrid_ir.pairs import PAIR_SCHEMA
+
+    block, n_ids = 20_000, rows // len(LANGUAGES)
+    languages = pa.array(LANGUAGES * block)
+    with pa.OSFile(str(folder / "rows.arrow"), "wb") as file, pa.ipc.new_stream(file, PAIR_SCHEMA) as writer:
+        for start in range(0, n_ids, block):
+            ids = np.repeat(np.arange(start, min(start + block, n_ids)), len(LANGUAGES))
+            shared = np.where(ids % 50 == 1, ids - 1, ids)  # the passage of the neighbour
+            lang = languages[: len(ids)]
+            text = pc.binary_join_element_wise(pa.array(shared).cast(pa.string()), lang, " in ")
+            passage_key = (shared.astype(np.uint64) * len(LANGUAGES) + np.arange(len(ids), dtype=np.uint64) % len(LANGUAGES) + 1) * np.uint64(0x9E3779B97F4A7C15)
+            columns = [
+                pa.array(ids).cast(pa.string()), lang, pc.binary_join_element_wise("question", pa.array(ids).cast(pa.string()), lang, " "),
+                pc.binary_join_element_wise("passage", text, "with some words that say what was asked", " "), pa.nulls(len(ids), pa.list_(pa.string())),
+                pa.repeat("generated", len(ids)), pa.array(ids), pa.array(ids.astype(np.uint64) // 4 + 1), pa.array(passage_key),
+            ]  # fmt: skip
+            writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=PAIR_SCHEMA))
+
+
+def open_set(folder: Path, rows: int):
+    from hybrid_ir.pairs import open_pairs
+
+    sources = [{"source": "generated", "license": None, "translation": None, "ids": rows // len(LANGUAGES)}]
+    return open_pairs(folder / "rows.arrow", {"fingerprint": f"generated-{rows}", "sources": sources}, "generated")
+
+
+def step_write(folder, rows):
+    write_set(folder, rows)
+
+
+def step_index(folder, rows):
+    open_set(folder, rows)
+
+
+def step_open(folder, rows):
+    open_set(folder, rows)
+
+
+def step_split(folder, rows):
+    open_set(folder, rows).split(heldout=0.001)
+
+
+def step_split_again(folder, rows):
+    open_set(folder, rows).split(heldout=0.001)
+
+
+def step_sample(folder, rows, report):
+    "Batches of 100 a second for each sampler, how long a sampler takes to be made and to go on, and the texts of a batch."
+    from hybrid_ir.samplers import BatchSampler
+
+    train, _ = open_set(folder, rows).split(heldout=0.001)
+    found = {}
+    for name in SAMPLERS:
+        started = time.perf_counter()
+        sampler = BatchSampler(train, name, batch_size=100)
+        made = time.perf_counter()
+        for _ in range(BATCHES):
+            sampler.next_batch()
+        drawn = time.perf_counter()
+        state = sampler.state_dict()
+        expected = sampler.next_batch()
+        saved = time.perf_counter()
+        sampler.load_state_dict(state)
+        assert np.array_equal(sampler.next_batch(), expected)
+        resumed = time.perf_counter()
+        found[name] = {"making": round(made - started, 3), "batches a second": round(BATCHES / (drawn - made)), "resuming": round(resumed - saved, 4)}
+    train.table[[0]]
+    started = time.perf_counter()
+    for _ in range(20):
+        batch = sampler.next_batch()
+        assert len(train.table[batch[:, 0].tolist()]["query"]) == 100
+    found["texts of a batch"] = round((time.perf_counter() - started) / 20, 4)
+    report.put(found)
+
+
+def anonymous_memory() -> int:
+    "Bytes of this process that no file backs."
+    return 1024 * int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text()).group(1))
+
+
+def watched(function, folder, rows, report, results):
+    import hybrid_ir.samplers  # noqa: F401  the libraries are loaded before the clock starts
+
+    before, peak, done = anonymous_memory(), [0], threading.Event()
+
+    def watch():
+        while not done.wait(0.01):
+            peak[0] = max(peak[0], anonymous_memory())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    started = time.perf_counter()
+    function(folder, rows, *([results] if results else []))
+    seconds = time.perf_counter() - started
+    done.set()
+    watcher.join()
+    report.put({"seconds": round(seconds, 2), "memory_gib": round((max(peak[0], anonymous_memory()) - before) / 2**30, 3)})
+
+
+def measure(function, folder, rows, gives_results: bool = False) -> dict:
+    context = multiprocessing.get_context("spawn")
+    report, results = context.Queue(), context.Queue() if gives_results else None
+    process = context.Process(target=watched, args=(function, folder, rows, report, results))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise SystemExit(f"{function.__name__} failed")
+    found = report.get() | ({"samplers": results.get()} if results else {})
+    print(f"{function.__name__}: {found}", flush=True)
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=4_000_000)
+    parser.add_argument("--folder", type=Path, default=Path("pairs_scale"))
+    parser.add_argument("--keep", action="store_true", help="leave the set in its folder, for another run")
+    options = parser.parse_args()
+    if shutil.disk_usage(options.folder.absolute().parent).free < 300 * options.rows:
+        raise SystemExit(f"{options.rows:,} rows and their indexes take {300 * options.rows / 2**30:.1f} GiB; {options.folder.absolute().parent} has too little room")
+    options.folder.mkdir(parents=True, exist_ok=True)
+    os.environ["HYBRID_IR_CACHE"] = str(options.folder.absolute() / "cache")
+    rows = options.rows // len(LANGUAGES) * len(LANGUAGES)
+    results = {"rows": rows, "languages": len(LANGUAGES)}
+    if not (options.folder / "rows.arrow").exists():
+        results["writing the texts"] = measure(step_write, options.folder, rows)
+    for name, step in {"opening, the first time": step_index, "opening": step_open, "splitting, the first time": step_split, "splitting": step_split_again}.items():
+        results[name] = measure(step, options.folder, rows)
+    results["sampling"] = measure(step_sample, options.folder, rows, gives_results=True)
+    results["bytes"] = {"texts": (options.folder / "rows.arrow").stat().st_size, "indexes": sum(path.stat().st_size for path in options.folder.rglob("*.npy"))}
+    write_results(results, options.rows)
+    print(json.dumps(results, indent=1))
+    if not options.keep:
+        shutil.rmtree(options.folder)
+
+
+def write_results(results: dict, rows: int):
+    from hybrid_ir.experiment import processor_name
+    from hybrid_ir.sources import write_json
+
+    results |= {
+        "machine": {"processor": processor_name(), "threads": 1, "system": platform.system()},
+        "versions": {name: version(name) for name in ("numpy", "pyarrow", "datasets", "hybrid_ir")},
+        "command": f"python speed/pairs_scale.py --rows {rows}",
+    }
+    RESULTS.parent.mkdir(exist_ok=True)
+    write_json(RESULTS, results)
+
+
+if __name__ == "__main__":
+    main()
