@@ -22,10 +22,10 @@ BEFORE, AFTER = "0.65", "#1f6fb4"
 TASK_LABELS = {"mono": "mono", "cross": "cross", "multi": "multi (pooled)"}
 
 
-def new_figure(width: float, height: float, columns: int = 1, **options) -> tuple[Figure, np.ndarray]:
+def new_figure(width: float, height: float, columns: int = 1, rows: int = 1, **options) -> tuple[Figure, np.ndarray]:
     "A closed figure (so that nothing shows it twice) and its axes."
     with sns.axes_style("whitegrid"):
-        figure, axes = plt.subplots(1, columns, figsize=(width, height), layout="constrained", **options)
+        figure, axes = plt.subplots(rows, columns, figsize=(width, height), layout="constrained", **options)
     plt.close(figure)
     return figure, axes
 
