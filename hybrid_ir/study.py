@@ -273,6 +273,8 @@ def judge(claim: Claim, comparison: Comparison, languages: tuple[str, ...] | Non
     "Effect, interval and verdict of a claim, or None where the benchmark or the runs do not allow it."
     tasks = comparison.scores["untouched"][0].info["tasks"]
     needed = {"mono", "cross"} if claim.task == "gap" else {claim.task}
+    if claim.measure == "rank_distance":
+        needed |= {"cross"}  # the distance is that between the answers to one question in several languages
     if not needed <= set(tasks) or not {"hybrid", *claim.against} <= set(comparison.scores):
         return None
     chosen = {name: [for_queries_in(scores, languages) for scores in comparison.scores[name]] if languages else comparison.scores[name] for name in ("hybrid", *claim.against)}
