@@ -334,12 +334,13 @@ def gap_answer(rows: list[dict]) -> str:
     answers, lines = {"reproduced": "Yes", "not reproduced": "No", "not decidable": "Not decidable"}, []
     for encoder, benchmark in dict.fromkeys((row["encoder"], row["benchmark"]) for row in rows if row["benchmark"].startswith("xm3600")):
         found = {row["claim"]: row for row in rows if (row["encoder"], row["benchmark"]) == (encoder, benchmark) and row["claim"].startswith("gap")}
+        named = "XM3600, in the languages it knows" if ":known" in benchmark else "XM3600, in all languages"
         if len(found) < len(GAP_CLAIMS):
-            lines.append(f"**{encoder}, {benchmark}**: not all runs are complete.")
+            lines.append(f"**{encoder} on {named}**: not all runs are complete.")
             continue
         start, mono, cross = (found[claim.key] for claim in GAP_CLAIMS)
         lines.append(
-            f"**{encoder}, {benchmark}. {answers[start['verdict']]}.** The gap of the untouched encoder is {start['other']:.3f}; after hybrid training it is {start['hybrid']:.3f}, {narrowing_in_words(start)}. "
+            f"**{encoder} on {named}. {answers[start['verdict']]}.** The gap of the untouched encoder is {start['other']:.3f}; after hybrid training it is {start['hybrid']:.3f}, {narrowing_in_words(start)}. "
             f"That is {narrowing_in_words(mono)} than after `mono` training (a gap of {mono['other']:.3f}), and {narrowing_in_words(cross)} than after `cross` ({cross['other']:.3f}).")
     return "\n\n".join(lines) or "No run has scores on XM3600 yet."
 
