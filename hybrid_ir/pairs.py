@@ -8,13 +8,14 @@ __all__ = ['PAIR_SCHEMA', 'PAIR_COLUMNS', 'BLOCK_ROWS', 'ROW_ARRAYS', 'ID_ARRAYS
            'MMARCO_SCHEMA', 'check_unicode', 'check_texts', 'check_negatives', 'check_record', 'read_json_lines',
            'text_key', 'record_rows', 'write_rows', 'check_unique', 'unfinished_prefix', 'is_running', 'remove_stale',
            'remove_damaged', 'prepare_folder', 'prepare_rows', 'shared_edges', 'connected_ids', 'PairIndex',
-           'fill_rows', 'build_index', 'table_blocks', 'new_file', 'prepare_index', 'ParallelPairs', 'open_pairs',
-           'count_texts', 'row_blocks', 'take_rows', 'select_pairs', 'split_pairs', 'joined_blocks', 'concat_pairs',
-           'answer_sentences', 'check_paragraph', 'read_paragraphs', 'sample_file', 'sample_records', 'PairSet',
-           'load_json_lines', 'check_json_folder', 'dataset_records', 'load_hub', 'mmarco_names', 'check_disk',
-           'find_mmarco', 'HashedFile', 'explain_tsv', 'check_numbers', 'read_tsv', 'first_of_each', 'add_triples',
-           'read_triples', 'KeptTexts', 'asking_line', 'keep_texts', 'language_rows', 'write_language',
-           'merge_languages', 'table_bytes', 'write_mmarco', 'load_mmarco', 'load_several', 'load_pairs']
+           'fill_rows', 'drop_unused_languages', 'fill_matrix', 'build_index', 'table_blocks', 'index_table',
+           'new_file', 'prepare_index', 'ParallelPairs', 'open_pairs', 'count_texts', 'row_blocks', 'take_rows',
+           'select_pairs', 'split_pairs', 'joined_blocks', 'concat_pairs', 'answer_sentences', 'check_paragraph',
+           'read_paragraphs', 'sample_file', 'sample_records', 'PairSet', 'load_json_lines', 'check_json_folder',
+           'dataset_records', 'load_hub', 'mmarco_names', 'check_disk', 'find_mmarco', 'HashedFile', 'explain_tsv',
+           'check_numbers', 'read_tsv', 'first_of_each', 'add_triples', 'read_triples', 'KeptTexts', 'asking_line',
+           'keep_texts', 'language_rows', 'write_language', 'merge_languages', 'table_bytes', 'write_mmarco',
+           'load_mmarco', 'load_several', 'load_pairs']
 
 # %% ../nbs/01_pairs.ipynb #38e5ce4d
 from .sources import cache_dir, choose, choose_all, file_sha256, find_damage, find_file, write_checksums, writing_to
@@ -431,6 +432,31 @@ def fill_rows(
         np.concatenate(parts, out=rows[name])
     return rows
 
+# %% ../nbs/01_pairs.ipynb #cbd8e427
+def drop_unused_languages(
+    language_of_row: np.ndarray,  # int16 [n_rows], changed in place
+    languages: list,  # what it counts
+) -> list:
+    "Count only the languages that occur; returns these."
+    occurs = np.zeros(len(languages), bool)
+    for start in range(0, len(language_of_row), BLOCK_ROWS):
+        occurs[np.unique(language_of_row[start : start + BLOCK_ROWS])] = True
+    if not occurs.all():
+        language_of_row[:] = (np.cumsum(occurs) - 1).astype(np.int16)[language_of_row]
+    return [language for language, kept in zip(languages, occurs) if kept]
+
+
+def fill_matrix(
+    matrix: np.ndarray,  # int32 [n_ids, n_languages], to fill
+    present: np.ndarray,  # bool [n_rows], the rows to enter
+    arrays: dict,  # see `fill_rows`
+) -> None:
+    "Write the number of each row that is present at its id and language, and -1 elsewhere."
+    matrix[:] = -1
+    for start in range(0, len(present), BLOCK_ROWS):
+        rows = start + np.flatnonzero(present[start : start + BLOCK_ROWS])
+        matrix[arrays["id_of_row"][rows], arrays["language_of_row"][rows]] = rows
+
 
 def build_index(
     blocks: Iterable,  # see `fill_rows`
@@ -440,23 +466,16 @@ def build_index(
 ) -> PairIndex:
     "The index of some rows, from numbers only."
     arrays = fill_rows(blocks, n_rows, new)
-    language_of_row, id_of_row = arrays["language_of_row"], arrays["id_of_row"]
-    n_ids, occurs = len(arrays["first_rows"]), np.zeros(len(languages), bool)
-    for start in range(0, n_rows, BLOCK_ROWS):
-        occurs[np.unique(language_of_row[start : start + BLOCK_ROWS])] = True
-    language_of_row[:] = (np.cumsum(occurs) - 1).astype(np.int16)[language_of_row]
+    languages = drop_unused_languages(arrays["language_of_row"], languages)
+    n_ids = len(arrays["first_rows"])
     for field in ("query", "passage"):
-        matrix = arrays[f"{field}_rows"] = new(f"{field}_rows", (n_ids, int(occurs.sum())), np.int32)
-        matrix[:] = -1
-        for start in range(0, n_rows, BLOCK_ROWS):
-            present = start + np.flatnonzero(arrays[f"has_{field}"][start : start + BLOCK_ROWS])
-            matrix[id_of_row[present], language_of_row[present]] = present
+        matrix = arrays[f"{field}_rows"] = new(f"{field}_rows", (n_ids, len(languages)), np.int32)
+        fill_matrix(matrix, arrays[f"has_{field}"], arrays)
     every_id = np.arange(n_ids)
-    groups = connected_ids(n_ids, (id_of_row, arrays["passage_key"]), (every_id, arrays["query_key"]))
-    for name, values in {"groups": groups, "blocks": connected_ids(n_ids, (every_id, arrays["page_key"]), (every_id, groups.astype(np.uint64) + 1))}.items():
-        arrays[name] = new(name, n_ids, np.int32)
-        arrays[name][:] = values
-    return PairIndex([language for language, kept in zip(languages, occurs) if kept], arrays)
+    groups, page_blocks = new("groups", n_ids, np.int32), new("blocks", n_ids, np.int32)
+    groups[:] = connected_ids(n_ids, (arrays["id_of_row"], arrays["passage_key"]), (every_id, arrays["query_key"]))
+    page_blocks[:] = connected_ids(n_ids, (every_id, arrays["page_key"]), (every_id, groups.astype(np.uint64) + 1))
+    return PairIndex(languages, arrays | {"groups": groups, "blocks": page_blocks})
 
 # %% ../nbs/01_pairs.ipynb #ca9b935e
 def table_blocks(
@@ -476,6 +495,15 @@ def table_blocks(
             "passage_key": pc.fill_null(part["passage_key"], 0).to_numpy(),
             "query_key": part["query_key"].to_numpy() if "query_key" in part.column_names else np.uint64(0),
         })
+
+
+def index_table(
+    table: datasets.Dataset,  # with the columns of PAIR_SCHEMA
+    *new,  # see `build_index`
+) -> PairIndex:
+    "The index of a table."
+    languages = sorted(pc.unique(table.data.column("lang")).to_pylist())
+    return build_index(table_blocks(table, languages), len(table), languages, *new)
 
 # %% ../nbs/01_pairs.ipynb #55e022e4
 MAPPED_ROWS = 1_000_000  # the index of more rows lies on disk
@@ -497,16 +525,13 @@ def new_file(
 
 def prepare_index(
     fingerprint: str,  # of the content
-    blocks: Iterable,  # see `fill_rows`; read only if the cache has nothing
-    n_rows: int,  # in all blocks
-    languages: list,  # what `lang` counts
+    n_rows: int,
+    build: Callable,  # build() -> the index in memory, build(new) -> in arrays from new(name, shape, dtype); called only if the cache has nothing
 ) -> PairIndex:
     "The index of some rows: computed, and for many rows kept in the cache."
     if n_rows <= MAPPED_ROWS:
-        return build_index(blocks, n_rows, languages)
-    folder, written = prepare_folder(
-        f"index-{fingerprint}", lambda folder: {"languages": build_index(blocks, n_rows, languages, partial(new_file, folder)).languages}
-    )
+        return build()
+    folder, written = prepare_folder(f"index-{fingerprint}", lambda folder: {"languages": build(partial(new_file, folder)).languages})
     return PairIndex(written["languages"], {path.stem: np.asarray(np.load(path, mmap_mode="r")) for path in folder.glob("*.npy")})
 
 # %% ../nbs/01_pairs.ipynb #e2fa5bc6
@@ -591,8 +616,7 @@ def open_pairs(
     table = datasets.Dataset.from_file(str(arrow_file))
     licenses = sorted({source["license"] for source in written["sources"] if source["license"]})
     info = {"name": name, "sha256": None, **info, "sources": written["sources"], "licenses": licenses}
-    languages = sorted(pc.unique(table.data.column("lang")).to_pylist())
-    index = prepare_index(written["fingerprint"], table_blocks(table, languages), len(table), languages)
+    index = prepare_index(written["fingerprint"], len(table), partial(index_table, table))
     return ParallelPairs(table.select_columns(PAIR_COLUMNS), index, info, written["fingerprint"], [name])
 
 # %% ../nbs/01_pairs.ipynb #ea29347a
@@ -636,7 +660,7 @@ def take_rows(
     if len(rows) == len(pairs):
         return pairs
     fingerprint = hashlib.blake2b(pairs.fingerprint.encode() + rows.tobytes(), digest_size=16).hexdigest()
-    index = prepare_index(fingerprint, row_blocks(pairs, rows), len(rows), pairs.languages)
+    index = prepare_index(fingerprint, len(rows), partial(build_index, row_blocks(pairs, rows), len(rows), pairs.languages))
     return ParallelPairs(pairs.data, index, pairs.info, fingerprint, pairs.set_names)
 
 # %% ../nbs/01_pairs.ipynb #df7b1a8e
@@ -718,7 +742,8 @@ def concat_pairs(
         "parts": [part.info for part in parts],
     }
     fingerprint = hashlib.blake2b("".join(part.fingerprint for part in parts).encode(), digest_size=16).hexdigest()
-    index = prepare_index(fingerprint, joined_blocks(parts, languages), sum(map(len, parts)), languages)
+    n_rows = sum(map(len, parts))
+    index = prepare_index(fingerprint, n_rows, partial(build_index, joined_blocks(parts, languages), n_rows, languages))
     names = [name for part in parts for name in part.set_names]
     return ParallelPairs(datasets.concatenate_datasets([part.data for part in parts]), index, info, fingerprint, names)
 

@@ -6,7 +6,7 @@
 __all__ = ['TRAINING_LANGUAGES', 'PLANS', 'PAPER_SAMPLERS', 'CLAIMS', 'GAP_CLAIMS', 'Plan', 'selection_file', 'try_settings',
            'chosen_settings', 'choose_settings', 'study_runs', 'report_benchmarks', 'study_progress', 'variant_name',
            'describe', 'Comparison', 'load_comparison', 'published', 'Claim', 'verdict', 'effect_of', 'for_queries_in',
-           'judge', 'unseen_languages', 'judge_all', 'all_comparisons', 'alpha_curve', 'narrowing_in_words',
+           'allows', 'judge', 'unseen_languages', 'judge_all', 'all_comparisons', 'alpha_curve', 'narrowing_in_words',
            'gap_answer', 'ablation_answer']
 
 # %% ../nbs/12_study.ipynb #3efa6b0c
@@ -269,13 +269,16 @@ def for_queries_in(scores: Scores, languages) -> Scores:
     return replace(scores, saved_by_query=rows.reset_index(drop=True), per_query=None)
 
 
+def allows(tasks: list[str], measure: str, task: str) -> bool:
+    "Whether a benchmark with these tasks has this measure: signs of bias and the gap need answers across languages."
+    needed = {"mono", "cross"} if task == "gap" else {task} if measure == "map" else {task, "cross"}
+    return needed <= set(tasks)
+
+
 def judge(claim: Claim, comparison: Comparison, languages: tuple[str, ...] | None = None) -> dict | None:
     "Effect, interval and verdict of a claim, or None where the benchmark or the runs do not allow it."
     tasks = comparison.scores["untouched"][0].info["tasks"]
-    needed = {"mono", "cross"} if claim.task == "gap" else {claim.task}
-    if claim.measure == "rank_distance":
-        needed |= {"cross"}  # the distance is that between the answers to one question in several languages
-    if not needed <= set(tasks) or not {"hybrid", *claim.against} <= set(comparison.scores):
+    if not allows(tasks, claim.measure, claim.task) or not {"hybrid", *claim.against} <= set(comparison.scores):
         return None
     chosen = {name: [for_queries_in(scores, languages) for scores in comparison.scores[name]] if languages else comparison.scores[name] for name in ("hybrid", *claim.against)}
     against = max(claim.against, key=lambda name: seed_values(chosen[name], claim.measure, claim.task).groupby("query_language", observed=True).mean().mean())

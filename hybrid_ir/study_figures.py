@@ -20,6 +20,7 @@ from .evaluation import Scores, compare, seed_values
 from .experiment import Run, code_hash
 from .figures import language_map, new_figure
 from .metrics import Estimate, bootstrap_interval, seed_summary
+from .study import allows
 
 # %% ../nbs/13_study_figures.ipynb #dbc8fa09
 COLOURS = {"untouched": "0.6", "english": "#8a6fb0", "mixed": "#b89b3f", "mono": "#d1602b", "cross": "#2a9d8f", "hybrid": "#1f6fb4"}
@@ -37,9 +38,8 @@ def tasks_of(scores: dict[str, list[Scores]]) -> list[str]:
 
 
 def panels_of(scores: dict[str, list[Scores]]) -> list[tuple[str, str, str]]:
-    "(measure, task, title) that a benchmark allows: signs of bias and the gap need answers across languages."
-    tasks = tasks_of(scores)
-    return [panel for panel in PANELS if (panel[1] in tasks and (panel[0] == "map" or "cross" in tasks)) or (panel[1] == "gap" and {"mono", "cross"} <= set(tasks))]
+    "(measure, task, title) that a benchmark allows; see `allows`."
+    return [(measure, task, title) for measure, task, title in PANELS if allows(tasks_of(scores), measure, task)]
 
 
 def pooled_estimate(seeds: list[Scores], measure: str, task: str) -> Estimate:

@@ -14,6 +14,7 @@ import platform
 import resource
 import shutil
 import time
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
@@ -64,24 +65,18 @@ def search(folder: Path, factory: str, queries: np.ndarray, settings: list[dict]
     (folder / "found.json").write_text(json.dumps(json.loads(table.to_json(orient="records"))))
 
 
-def peak(function, arguments, report):
+def watched(function, *arguments) -> dict:
     import hybrid_ir.index  # noqa: F401  the libraries are loaded before the clock starts
 
     started = time.perf_counter()
     function(*arguments)
-    report.put({"seconds": round(time.perf_counter() - started, 2), "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)})
+    return {"seconds": round(time.perf_counter() - started, 2), "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)}
 
 
 def measure(function, *arguments) -> dict:
     "Seconds and peak resident memory of a call in a process of its own."
-    context = multiprocessing.get_context("spawn")
-    report = context.Queue()
-    process = context.Process(target=peak, args=(function, arguments, report))
-    process.start()
-    process.join()
-    if process.exitcode:
-        raise SystemExit(f"{function.__name__} failed")
-    found = report.get()
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        found = pool.submit(watched, function, *arguments).result()
     print(f"{function.__name__}: {found['seconds']} s, {found['peak_memory_gib']} GiB", flush=True)
     return found
 

@@ -16,6 +16,7 @@ import re
 import shutil
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
@@ -57,31 +58,23 @@ def open_set(folder: Path, rows: int):
     return open_pairs(folder / "rows.arrow", {"fingerprint": f"generated-{rows}", "sources": sources}, "generated")
 
 
-def step_write(folder, rows):
-    write_set(folder, rows)
-
-
-def step_index(folder, rows):
+def open_only(folder, rows):
     open_set(folder, rows)
 
 
-def step_open(folder, rows):
-    open_set(folder, rows)
+def split(folder, rows):
+    return open_set(folder, rows).split(heldout=0.001)
 
 
-def step_split(folder, rows):
-    open_set(folder, rows).split(heldout=0.001)
+def split_only(folder, rows):
+    split(folder, rows)
 
 
-def step_split_again(folder, rows):
-    open_set(folder, rows).split(heldout=0.001)
-
-
-def step_sample(folder, rows, report):
+def sample(folder, rows) -> dict:
     "Batches of 100 a second for each sampler, how long a sampler takes to be made and to go on, and the texts of a batch."
     from hybrid_ir.samplers import BatchSampler
 
-    train, _ = open_set(folder, rows).split(heldout=0.001)
+    train, _ = split(folder, rows)
     found = {}
     for name in SAMPLERS:
         started = time.perf_counter()
@@ -103,7 +96,7 @@ def step_sample(folder, rows, report):
         batch = sampler.next_batch()
         assert len(train.table[batch[:, 0].tolist()]["query"]) == 100
     found["texts of a batch"] = round((time.perf_counter() - started) / 20, 4)
-    report.put(found)
+    return {"samplers": found}
 
 
 def anonymous_memory() -> int:
@@ -111,7 +104,8 @@ def anonymous_memory() -> int:
     return 1024 * int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text()).group(1))
 
 
-def watched(function, folder, rows, report, results):
+def watched(step, folder, rows) -> dict:
+    "Seconds and anonymous memory of a step, and what it found."
     import hybrid_ir.samplers  # noqa: F401  the libraries are loaded before the clock starts
 
     before, peak, done = anonymous_memory(), [0], threading.Event()
@@ -123,23 +117,18 @@ def watched(function, folder, rows, report, results):
     watcher = threading.Thread(target=watch)
     watcher.start()
     started = time.perf_counter()
-    function(folder, rows, *([results] if results else []))
+    found = step(folder, rows)
     seconds = time.perf_counter() - started
     done.set()
     watcher.join()
-    report.put({"seconds": round(seconds, 2), "memory_gib": round((max(peak[0], anonymous_memory()) - before) / 2**30, 3)})
+    return {"seconds": round(seconds, 2), "memory_gib": round((max(peak[0], anonymous_memory()) - before) / 2**30, 3)} | (found or {})
 
 
-def measure(function, folder, rows, gives_results: bool = False) -> dict:
-    context = multiprocessing.get_context("spawn")
-    report, results = context.Queue(), context.Queue() if gives_results else None
-    process = context.Process(target=watched, args=(function, folder, rows, report, results))
-    process.start()
-    process.join()
-    if process.exitcode:
-        raise SystemExit(f"{function.__name__} failed")
-    found = report.get() | ({"samplers": results.get()} if results else {})
-    print(f"{function.__name__}: {found}", flush=True)
+def measure(step, folder, rows) -> dict:
+    "The same in a process of its own."
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        found = pool.submit(watched, step, folder, rows).result()
+    print(f"{step.__name__}: {found}", flush=True)
     return found
 
 
@@ -156,10 +145,10 @@ def main():
     rows = options.rows // len(LANGUAGES) * len(LANGUAGES)
     results = {"rows": rows, "languages": len(LANGUAGES)}
     if not (options.folder / "rows.arrow").exists():
-        results["writing the texts"] = measure(step_write, options.folder, rows)
-    for name, step in {"opening, the first time": step_index, "opening": step_open, "splitting, the first time": step_split, "splitting": step_split_again}.items():
+        results["writing the texts"] = measure(write_set, options.folder, rows)
+    for name, step in {"opening, the first time": open_only, "opening": open_only, "splitting, the first time": split_only, "splitting": split_only}.items():
         results[name] = measure(step, options.folder, rows)
-    results["sampling"] = measure(step_sample, options.folder, rows, gives_results=True)
+    results["sampling"] = measure(sample, options.folder, rows)
     results["bytes"] = {"texts": (options.folder / "rows.arrow").stat().st_size, "indexes": sum(path.stat().st_size for path in options.folder.rglob("*.npy"))}
     write_results(results, options.rows)
     print(json.dumps(results, indent=1))

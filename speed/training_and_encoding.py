@@ -80,18 +80,26 @@ def our_training(encoder, pairs, steps: int) -> tuple[float, list[np.ndarray]]:
     return time.perf_counter() - started, list(islice(BatchSampler(pairs, "hybrid", batch_size=BATCH), steps))
 
 
+def complete_pairs():
+    "A few training pairs that exist in every language."
+    pairs = load_pairs("parallel_docs", languages=LANGUAGES)
+    return pairs.select(ids=np.flatnonzero((pairs.rows >= 0).all(axis=1))[: 2 * BATCH])
+
+
+def sample_texts(count: int) -> tuple[list[str], list[str]]:
+    "Passages and queries of XQuAD-R, `count` in each language."
+    benchmark, rng = load_benchmark("xquad_r"), np.random.default_rng(0)
+    chosen = ((benchmark.passages, benchmark.passage_slices), (benchmark.queries, benchmark.query_slices))
+    return tuple([table["text"].iloc[row] for part in slices.values() for row in rng.choice(np.arange(part.start, part.stop), count, replace=False)] for table, slices in chosen)
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--texts", type=int, default=40, help="passages and queries per language")
     parser.add_argument("--rounds", type=int, default=2)
     arguments = parser.parse_args()
-    pairs, benchmark = load_pairs("parallel_docs", languages=LANGUAGES), load_benchmark("xquad_r")
-    complete = np.flatnonzero((pairs.rows >= 0).all(axis=1))
-    pairs = pairs.select(ids=complete[: 2 * BATCH])
-    rng = np.random.default_rng(0)
-    passages = [benchmark.passages["text"].iloc[row] for part in benchmark.passage_slices.values() for row in rng.choice(np.arange(part.start, part.stop), arguments.texts, replace=False)]
-    queries = [benchmark.queries["text"].iloc[row] for part in benchmark.query_slices.values() for row in rng.choice(np.arange(part.start, part.stop), arguments.texts, replace=False)]
+    pairs, (passages, queries) = complete_pairs(), sample_texts(arguments.texts)
     seconds: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         load_encoder("me5-small-q4", device="cpu").save(folder)

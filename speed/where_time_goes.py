@@ -19,16 +19,14 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
+from training_and_encoding import BATCH, LENGTH, complete_pairs, sample_texts
 
 from hybrid_ir import training
-from hybrid_ir.benchmarks import load_benchmark
 from hybrid_ir.encoders import has_fast_bf16, load_encoder
 from hybrid_ir.experiment import processor_name
-from hybrid_ir.pairs import load_pairs
 from hybrid_ir.sources import write_json
 
 RESULTS = Path(__file__).parent / "results" / "where_time_goes.json"
-BATCH, LENGTH = 32, 64
 
 
 def matrix_peak(rounds: int, size: int = 2048) -> float:
@@ -104,15 +102,11 @@ def variants(texts: list[str]) -> dict:
     quantised = load_encoder("me5-small-q4", device="cpu", precision="fp32", passage_length=LENGTH)
     quantised.backbone = torch.ao.quantization.quantize_dynamic(quantised.backbone, {torch.nn.Linear}, dtype=torch.qint8)
     tokens = encoder.tokenize(texts, "passage", LENGTH)
-    longer = load_encoder("me5-small-q4", device="cpu", precision="fp32", passage_length=LENGTH)
-    longer.token_budget *= 8
-    smaller = load_encoder("me5-small-q4", device="cpu", precision="fp32", passage_length=LENGTH)
-    smaller.token_budget //= 8
     found = {
         "as it is: sorted by length, 2,048 tokens at a time": lambda: encoder.embed_tokens(tokens).float().numpy(),
         "in the order of the texts, 32 at a time": lambda: in_order(encoder, tokens),
-        "16,384 tokens at a time": lambda: longer.embed_tokens(tokens).float().numpy(),
-        "256 tokens at a time": lambda: smaller.embed_tokens(tokens).float().numpy(),
+        "16,384 tokens at a time": lambda: encoder.embed_tokens(tokens, 16_384).float().numpy(),
+        "256 tokens at a time": lambda: encoder.embed_tokens(tokens, 256).float().numpy(),
         "int8 weights, quantised as they run": lambda: quantised.embed_tokens(tokens).float().numpy(),
     }
     if has_fast_bf16(torch.device("cpu")):
@@ -145,10 +139,7 @@ def main():
     parser.add_argument("--texts", type=int, default=25, help="passages of each language")
     parser.add_argument("--rounds", type=int, default=2)
     options = parser.parse_args()
-    pairs, benchmark = load_pairs("parallel_docs", languages=["ar", "de", "en", "es", "hi", "ru", "th", "tr", "zh"]), load_benchmark("xquad_r")
-    pairs = pairs.select(ids=np.flatnonzero((pairs.rows >= 0).all(axis=1))[: 2 * BATCH])
-    rng = np.random.default_rng(0)
-    texts = [benchmark.passages["text"].iloc[row] for part in benchmark.passage_slices.values() for row in rng.choice(np.arange(part.start, part.stop), options.texts, replace=False)]
+    pairs, texts = complete_pairs(), sample_texts(options.texts)[0]
     parts, rate = training_parts(pairs, options.steps)
     peak = matrix_peak(options.rounds)
     results = {
