@@ -355,25 +355,26 @@ def json_lines(
     return "{\n" + ",\n".join(texts) + "\n}\n"
 
 # %% ../nbs/09_evaluation.ipynb #2ba833d9
-SMALL_TABLE = 20_000  # rows up to which `Scores.save` keeps every measure of each query
+SMALL_TABLE = 5_000  # rows up to which `Scores.save` keeps every measure of each query
 
 
 def significant(
     values,  # float [n]
     digits: int = 3,
 ) -> np.ndarray:  # float32 [n]
-    "Numbers rounded to so many significant digits, but to no more decimals than that."
+    "Numbers rounded to so many significant digits, but to no more than three decimals."
     values = np.asarray(values, dtype=np.float64)
-    step = 10.0 ** (np.floor(np.log10(np.maximum(np.abs(values), 0.1))) - digits + 1)
+    step = np.maximum(10.0 ** (np.floor(np.log10(np.maximum(np.abs(values), 0.001))) - digits + 1), 0.001)
     return (np.round(values / step) * step).astype(np.float32)
 
 
 def write_rows(
     path,  # Parquet file to write
     by_query: pd.DataFrame,  # columns query_id, query_language, task and numbers
+    measures: list[str],  # the columns that are measures; the other numbers are signs of bias
 ):
-    "Write one row per query, language and task, rounded."
-    numbers = {name: significant(by_query[name]) for name in by_query.columns[3:]}
+    "Write one row per query, language and task, rounded: measures to three digits, signs of bias to two."
+    numbers = {name: significant(by_query[name], 3 if name in measures else 2) for name in by_query.columns[3:]}
     by_query.assign(**numbers).sort_values(["task", "query_id", "query_language"]).to_parquet(path, compression="zstd", compression_level=19, index=False)
 
 # %% ../nbs/09_evaluation.ipynb #185ea8ae
@@ -419,7 +420,7 @@ class Scores(ScoreTables):
             keep = choose_all("measure", (there if len(table) <= SMALL_TABLE else there[:1]) if keep is None else keep, there)
             rows = table.drop(columns=[name for name in [*there, "worst_rank"] if name in table and name not in keep])
             with whole_file(folder / "per_query.parquet") as path:
-                write_rows(path, rows)
+                write_rows(path, rows, keep)
         with whole_file(folder / "metrics.json") as path:
             path.write_text(json_lines(self.to_dict()))
         return folder

@@ -24,13 +24,16 @@ from hybrid_ir.study import PLANS, choose_settings, chosen_settings, describe, r
 RUN_PARAMETERS = ("encoder", "train", "sampler", "alpha", "batch_size", "steps", "learning_rate", "temperature", "query_length", "passage_length", "unique_ids", "dropout", "validate_every", "seed", "device", "precision")
 
 
-def execute(notebook: str, output: Path, parameters: dict, show: bool = True):
-    "Run a notebook with papermill; what it prints to the error stream (progress bars) is shown."
+def execute(notebook: str, output: Path, parameters: dict, show: bool = True, title: str = ""):
+    "Run a notebook with papermill; what it prints to the error stream (progress bars) is shown. A title takes the place of the notebook's own."
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_suffix(".tmp.ipynb")
     streams = {"stderr_file": sys.stderr} if show else {}
     executed = papermill.execute_notebook(f"nbs/{notebook}", str(temporary), parameters=parameters, progress_bar=False, **streams)
     executed.metadata.papermill.output_path = output.as_posix()
+    if title:
+        heading = next(cell for cell in executed.cells if cell.source.startswith("# "))
+        heading.source = re.sub("^# .*", f"# {title}", heading.source)
     nbformat.write(executed, temporary)
     temporary.replace(output)
 
@@ -47,7 +50,7 @@ def render_reports(encoders: list[str]):
     for encoder in encoders:
         for benchmark in report_benchmarks(encoder):
             print(f"report: {encoder}, {benchmark}", flush=True)
-            execute("report.ipynb", Path("reports") / slug(encoder) / f"{slug(benchmark)}.ipynb", {"encoder": encoder, "benchmark": benchmark}, show=False)
+            execute("report.ipynb", Path("reports") / slug(encoder) / f"{slug(benchmark)}.ipynb", {"encoder": encoder, "benchmark": benchmark}, show=False, title=f"{encoder} on {benchmark}")
     print("report: summary", flush=True)
     execute("summary.ipynb", Path("reports") / "summary.ipynb", {}, show=False)
 
