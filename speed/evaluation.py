@@ -1,29 +1,26 @@
-"""All settings of XQuAD-R, with every measure and per-query values, from embeddings: beside ir_measures (pytrec_eval) and beside the bare matrix product.
+"""All settings of XQuAD-R, with every measure and per-query values, from embeddings: beside ir_measures (pytrec_eval), ranx and the bare matrix product.
 
-Eleven corpora searched from eleven languages (11 within a language, 110 across), and the pool from eleven: 132 settings. ir_measures is given the same scores
-for a sample of queries of each kind, and its time is scaled to all of them: with all scores as Python objects the whole would not fit into memory. All in one
-process, alternating, so that a busy machine is busy for everyone. Needs the data folder (HYBRID_IR_DATA). Writes speed/results/evaluation.json.
+Eleven corpora searched from eleven languages (11 within a language, 110 across), and the pool from eleven: 132 settings. The peers are given the same scores
+for a sample of queries of each kind, and their time is scaled to all of them: with all scores as Python objects the whole would not fit into memory. All in one
+process, alternating, so that a busy machine is busy for everyone. Needs the data folder (HYBRID_IR_DATA) and ranx (`pip install ranx`). Writes speed/results/evaluation.json.
 
     python speed/evaluation.py [--queries 20] [--rounds 2]
 """
 
 import argparse
-import json
-import platform
 import time
-from importlib.metadata import version
-from pathlib import Path
 
 import ir_measures
 import numpy as np
+import ranx
 import torch
+from _entries import compared, entries, write_result
 from ir_measures import AP, RR, R, nDCG
 
 from hybrid_ir.benchmarks import load_benchmark
 from hybrid_ir.evaluation import score_embeddings
-from hybrid_ir.experiment import processor_name
 
-PEER_MEASURES = [AP, RR @ 10, nDCG @ 10, R @ 1, R @ 10, R @ 100]
+MEASURES = {"map": AP, "mrr@10": RR @ 10, "ndcg@10": nDCG @ 10, "recall@1": R @ 1, "recall@10": R @ 10, "recall@100": R @ 100}  # ranx has our names
 
 
 def unit_vectors(n: int, dim: int, rng: np.random.Generator) -> np.ndarray:
@@ -40,60 +37,74 @@ def bare_product(queries: np.ndarray, passages: np.ndarray, block: int = 1024) -
     return time.perf_counter() - started
 
 
-def peer_seconds(benchmark, scores: np.ndarray, rows: np.ndarray, corpus: slice) -> tuple[float, dict]:
-    "Seconds that ir_measures needs for some queries on one corpus, from their scores to per-query values, and its mean values."
+def with_ir_measures(qrels: dict, run: dict) -> dict:
+    "{measure: values of the queries, in their order} by ir_measures, which calls pytrec_eval."
+    found = {(str(value.measure), value.query_id): value.value for value in ir_measures.iter_calc(list(MEASURES.values()), qrels, run)}
+    return {name: np.array([found[str(measure), query] for query in run]) for name, measure in MEASURES.items()}
+
+
+def with_ranx(qrels: dict, run: dict) -> dict:
+    "The same by ranx."
+    found = ranx.evaluate(ranx.Qrels(qrels), ranx.Run(run), list(MEASURES), return_mean=False)
+    places = np.argsort(np.argsort(list(run)))  # ranx sorts the queries by name
+    return {name: found[name][places] for name in MEASURES}
+
+
+PEERS = {"ir_measures": with_ir_measures, "ranx": with_ranx}
+
+
+def peer_work(benchmark, scores: np.ndarray, rows: np.ndarray, corpus: slice) -> tuple[dict, dict]:
+    "For some queries on one corpus, from their scores to per-query values: the seconds of each peer, and {peer: {measure: values}}."
     judged = {int(row): benchmark.judgement_passages[benchmark.judgement_queries == row] for row in rows}
     qrels = {str(row): {str(passage): 1 for passage in found if corpus.start <= passage < corpus.stop} for row, found in judged.items()}
     names, started = [str(passage) for passage in range(corpus.start, corpus.stop)], time.perf_counter()
     run = {str(row): dict(zip(names, line.tolist())) for row, line in zip(rows, scores)}
-    values = list(ir_measures.iter_calc(PEER_MEASURES, qrels, run))
-    seconds = time.perf_counter() - started
-    return seconds, {str(measure): float(np.mean([value.value for value in values if value.measure == measure])) for measure in PEER_MEASURES}
+    both, seconds, values = time.perf_counter() - started, {}, {}
+    for name, evaluate in PEERS.items():
+        started = time.perf_counter()
+        values[name] = evaluate(qrels, run)
+        seconds[name] = both + time.perf_counter() - started
+    return seconds, values
 
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("--queries", type=int, default=20, help="queries of each language that ir_measures evaluates")
+    parser.add_argument("--queries", type=int, default=20, help="queries of each language that the peers evaluate")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--dim", type=int, default=384)
     arguments = parser.parse_args()
     benchmark, rng = load_benchmark("xquad_r"), np.random.default_rng(0)
     queries, passages = unit_vectors(len(benchmark.queries), arguments.dim, rng), unit_vectors(len(benchmark.passages), arguments.dim, rng)
     np.add.at(queries, benchmark.judgement_queries, passages[benchmark.judgement_passages] * 0.5)  # so that there is something to find
-    ours, product, peer, agreement = [], [], [], {}
-    languages = benchmark.languages
-    for round_number in range(arguments.rounds + 1):  # the first round compiles, and does not count
+    times, languages, pool = {name: [] for name in ("ours", "bare matrix product", *PEERS)}, benchmark.languages, slice(0, len(passages))
+    differences = dict.fromkeys(PEERS, 0.0)
+    for _ in range(arguments.rounds + 1):  # the first round compiles, and does not count
         started = time.perf_counter()
         scores = score_embeddings(benchmark, queries, passages, k=0)
-        ours.append(time.perf_counter() - started)
-        product.append(bare_product(queries, passages))
-        seconds = 0.0
+        times["ours"].append(time.perf_counter() - started)
+        times["bare matrix product"].append(bare_product(queries, passages))
+        seconds = dict.fromkeys(PEERS, 0.0)
         for language in languages:
             rows = np.arange(benchmark.query_slices[language].start, benchmark.query_slices[language].stop)[: arguments.queries]
             whole, factor = queries[rows] @ passages.T, len(benchmark.queries) / len(languages) / len(rows)
-            for corpus in (*[benchmark.passage_slices[other] for other in languages[:3]], slice(0, len(passages))):
-                taken, values = peer_seconds(benchmark, whole[:, corpus], rows, corpus)
-                is_pool = corpus == slice(0, len(passages))
-                seconds += taken * factor * (1 if is_pool else len(languages) / 3)  # three of eleven corpora stand for all
-                if is_pool:
-                    found = scores.per_query.query("task == 'multi' and query_language == @language").iloc[: len(rows)]
-                    agreement[language] = abs(values["AP"] - found["map"].mean())
-        peer.append(seconds)
-    best = {name: min(times[1:]) for name, times in (("ours", ours), ("product", product), ("peer", peer))}
-    assert max(agreement.values()) < 1e-4, agreement
-    settings = len(languages) ** 2 + len(languages)
+            for corpus in (*[benchmark.passage_slices[other] for other in languages[:3]], pool):
+                taken, values = peer_work(benchmark, whole[:, corpus], rows, corpus)
+                for name in PEERS:
+                    seconds[name] += taken[name] * factor * (1 if corpus == pool else len(languages) / 3)  # three of eleven corpora stand for all
+                    if corpus == pool:
+                        found = scores.per_query.query("task == 'multi' and query_language == @language").iloc[: len(rows)]
+                        differences[name] = max(differences[name], *[float(abs(values[name][measure] - found[measure]).max()) for measure in MEASURES])
+        for name in PEERS:
+            times[name].append(seconds[name])
+    assert max(differences.values()) < 1e-4, differences
+    best = {name: min(found[1:]) for name, found in times.items()}
     result = {
-        "what": f"{settings} settings of XQuAD-R, {len(scores.per_query):,} rows of per-query values", "unit": "seconds", "ours": round(best["ours"], 2),
-        "ir_measures, scaled from a sample": round(best["peer"], 1), "bare matrix product": round(best["product"], 2),
-        "ratios": {"ir_measures to ours": round(best["peer"] / best["ours"], 1), "ours to the bare product": round(best["ours"] / best["product"], 2)},
-        "largest difference in mAP": float(f"{max(agreement.values()):.1e}"), "sample": f"{arguments.queries} queries of each language, three corpora and the pool",
-        "machine": {"processor": processor_name(), "threads": torch.get_num_threads(), "system": platform.system()},
-        "versions": {name: version(name) for name in ("torch", "numba", "ir_measures", "pytrec_eval-terrier", "hybrid_ir")},
-        "command": f"python speed/evaluation.py --queries {arguments.queries} --rounds {arguments.rounds}",
-    }  # fmt: skip
-    target = Path(__file__).parent / "results" / "evaluation.json"
-    target.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=1))
+        "what": f"{len(languages) ** 2 + len(languages)} settings of XQuAD-R, {len(scores.per_query):,} rows of per-query values",
+        "comparisons": [compared("every measure of every query", "seconds", best["ours"], name, best[name]) for name in (*PEERS, "bare matrix product")],
+        "largest difference of a measure of a query": {name: float(f"{difference:.1e}") for name, difference in differences.items()},
+        "sample": f"{arguments.queries} queries of each language, three corpora and the pool",
+    }
+    write_result(__file__, result | entries(__file__, ["torch", "numba", "ir_measures", "pytrec_eval-terrier", "ranx"], arguments))
 
 
 if __name__ == "__main__":

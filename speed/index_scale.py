@@ -9,18 +9,12 @@ Writes speed/results/index_scale.json; a folder with the shards is made below --
 
 import argparse
 import json
-import multiprocessing
-import platform
-import resource
 import shutil
-import time
-from concurrent.futures import ProcessPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+from _entries import entries, measure, write_result
 
-RESULTS = Path(__file__).parent / "results" / "index_scale.json"
 CENTRES, SPREAD = 20_000, 0.7  # points lie around this many centres; SPREAD is the length of what is added to a centre of length 1
 
 
@@ -65,22 +59,6 @@ def search(folder: Path, factory: str, queries: np.ndarray, settings: list[dict]
     (folder / "found.json").write_text(json.dumps(json.loads(table.to_json(orient="records"))))
 
 
-def watched(function, *arguments) -> dict:
-    import hybrid_ir.index  # noqa: F401  the libraries are loaded before the clock starts
-
-    started = time.perf_counter()
-    function(*arguments)
-    return {"seconds": round(time.perf_counter() - started, 2), "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)}
-
-
-def measure(function, *arguments) -> dict:
-    "Seconds and peak resident memory of a call in a process of its own."
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        found = pool.submit(watched, function, *arguments).result()
-    print(f"{function.__name__}: {found['seconds']} s, {found['peak_memory_gib']} GiB", flush=True)
-    return found
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=1_000_000)
@@ -117,16 +95,10 @@ def main():
 
 def write_results(results: dict, options):
     import faiss
-    from hybrid_ir.experiment import processor_name
-    from hybrid_ir.sources import write_json
 
-    results |= {
-        "machine": {"processor": processor_name(), "faiss threads": faiss.omp_get_max_threads(), "system": platform.system()},
-        "versions": {name: version(name) for name in ("faiss-cpu", "numpy", "torch", "hybrid_ir")},
-        "command": f"python speed/index_scale.py --rows {options.rows} --dim {options.dim} --shard-size {options.shard_size} --factories {' '.join(options.factories)} --training-rows {options.training_rows} --queries {options.queries}",
-    }  # fmt: skip
-    RESULTS.parent.mkdir(exist_ok=True)
-    write_json(RESULTS, results)
+    found = results | entries(__file__, ["faiss-cpu", "numpy", "torch"], options)
+    found["machine"] |= {"faiss threads": faiss.omp_get_max_threads()}
+    write_result(__file__, found)
 
 
 if __name__ == "__main__":

@@ -8,21 +8,18 @@ may drop at any time. Writes speed/results/pairs_scale.json; the set (180 bytes 
 """
 
 import argparse
-import json
 import multiprocessing
 import os
-import platform
 import re
 import shutil
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+from _entries import entries, write_result
 
-RESULTS = Path(__file__).parent / "results" / "pairs_scale.json"
 LANGUAGES = ["ar", "de", "en", "es", "fr", "hi", "ru", "th", "zh"]
 SAMPLERS, BATCHES = ("mono", "cross", "hybrid", "mixed"), 2000
 
@@ -150,23 +147,9 @@ def main():
         results[name] = measure(step, options.folder, rows)
     results["sampling"] = measure(sample, options.folder, rows)
     results["bytes"] = {"texts": (options.folder / "rows.arrow").stat().st_size, "indexes": sum(path.stat().st_size for path in options.folder.rglob("*.npy"))}
-    write_results(results, options.rows)
-    print(json.dumps(results, indent=1))
+    write_result(__file__, results | entries(__file__, ["numpy", "pyarrow", "datasets"], options))
     if not options.keep:
         shutil.rmtree(options.folder)
-
-
-def write_results(results: dict, rows: int):
-    from hybrid_ir.experiment import processor_name
-    from hybrid_ir.sources import write_json
-
-    results |= {
-        "machine": {"processor": processor_name(), "threads": 1, "system": platform.system()},
-        "versions": {name: version(name) for name in ("numpy", "pyarrow", "datasets", "hybrid_ir")},
-        "command": f"python speed/pairs_scale.py --rows {rows}",
-    }
-    RESULTS.parent.mkdir(exist_ok=True)
-    write_json(RESULTS, results)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ trained ones; `papermill nbs/run.ipynb OUT.ipynb -p encoder xlm-roberta-base ...
 """
 
 import argparse
-import json
 import multiprocessing
 import platform
 import resource
@@ -13,7 +12,8 @@ import tempfile
 import time
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results" / "paper_encoders.json"
+from _entries import entries, write_result
+
 ARCHITECTURES = {  # sizes as in the configurations that their authors published
     "xlm-roberta-base": dict(kind="XLMRoberta", vocab_size=250_002, max_position_embeddings=514, type_vocab_size=1),
     "LaBSE": dict(kind="Bert", vocab_size=501_153, max_position_embeddings=512, type_vocab_size=2),
@@ -79,8 +79,7 @@ def main():
             raise SystemExit(f"{name} failed")
         found.append(results.get())
         print(f"{name}: {found[-1]['pairs_per_second']} pairs/s, {found[-1]['peak_memory_gib']} GiB, {time.time() - started:.0f} s in all", flush=True)
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+    write_result(__file__, [record | entries(__file__, ["torch", "transformers"], options) for record in found])
 
 
 if __name__ == "__main__":

@@ -7,25 +7,21 @@ Needs the data folder (HYBRID_IR_DATA). Writes speed/results/training_and_encodi
 """
 
 import argparse
-import json
 import os
-import platform
 import tempfile
 import time
-from importlib.metadata import version
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import torch
+from _entries import compared, entries, write_result
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss, MultipleNegativesRankingLoss
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
-from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
 from hybrid_ir.benchmarks import load_benchmark
 from hybrid_ir.encoders import has_fast_bf16, load_encoder
-from hybrid_ir.experiment import processor_name
 from hybrid_ir.pairs import load_pairs
 from hybrid_ir.samplers import BatchSampler
 from hybrid_ir.training import Trainer, training_options
@@ -56,20 +52,21 @@ class FixedBatches:
         pass
 
 
-def peer_training(folder: str, pairs, batches: list[np.ndarray], bf16: bool = False) -> float:
-    "Seconds that sentence-transformers' trainer takes for the batches."
-    rows = np.concatenate(batches)
+def peer_training(folder: str, pairs, batches: list[np.ndarray], bf16: bool = False, cached: int | None = None, clock=time.perf_counter) -> float:
+    "Seconds that sentence-transformers' trainer takes for the batches; `cached`: with cached gradients, so many texts at a time."
+    rows, size = np.concatenate(batches), len(batches[0])
     data = Dataset.from_dict({"anchor": ["query: " + pairs.table[int(q)]["query"] for q in rows[:, 0]], "positive": ["passage: " + pairs.table[int(p)]["passage"] for p in rows[:, 1]]})
     model = peer_model(folder)
     with tempfile.TemporaryDirectory() as output:
         arguments = SentenceTransformerTrainingArguments(
-            output_dir=output, per_device_train_batch_size=BATCH, num_train_epochs=1, learning_rate=RATE, bf16=bf16, use_cpu=True, save_strategy="no", report_to=[], disable_tqdm=True,
-            batch_sampler=lambda dataset, batch_size, **options: FixedBatches(BATCH, len(batches)), logging_strategy="no",
+            output_dir=output, per_device_train_batch_size=size, num_train_epochs=1, learning_rate=RATE, bf16=bf16, use_cpu=True, save_strategy="no", report_to=[], disable_tqdm=True,
+            batch_sampler=lambda dataset, batch_size, **options: FixedBatches(size, len(batches)), logging_strategy="no",
         )  # fmt: skip
-        trainer = SentenceTransformerTrainer(model, arguments, train_dataset=data, loss=MultipleNegativesRankingLoss(model, scale=1 / TEMPERATURE))
-        started = time.perf_counter()
+        loss = CachedMultipleNegativesRankingLoss(model, scale=1 / TEMPERATURE, mini_batch_size=cached) if cached else MultipleNegativesRankingLoss(model, scale=1 / TEMPERATURE)
+        trainer = SentenceTransformerTrainer(model, arguments, train_dataset=data, loss=loss)
+        started = clock()
         trainer.train()
-        return time.perf_counter() - started
+        return clock() - started
 
 
 def our_training(encoder, pairs, steps: int) -> tuple[float, list[np.ndarray]]:
@@ -80,10 +77,10 @@ def our_training(encoder, pairs, steps: int) -> tuple[float, list[np.ndarray]]:
     return time.perf_counter() - started, list(islice(BatchSampler(pairs, "hybrid", batch_size=BATCH), steps))
 
 
-def complete_pairs():
-    "A few training pairs that exist in every language."
+def complete_pairs(count: int = 2 * BATCH):
+    "So many training pairs that exist in every language."
     pairs = load_pairs("parallel_docs", languages=LANGUAGES)
-    return pairs.select(ids=np.flatnonzero((pairs.rows >= 0).all(axis=1))[: 2 * BATCH])
+    return pairs.select(ids=np.flatnonzero((pairs.rows >= 0).all(axis=1))[:count])
 
 
 def sample_texts(count: int) -> tuple[list[str], list[str]]:
@@ -124,18 +121,13 @@ def main():
                 seconds.setdefault("train, sentence-transformers bf16", []).append(peer_training(folder, pairs, batches, bf16=True))
     units = {"encode": len(passages) + len(queries), "train": BATCH * arguments.steps}
     rates = {name: units[name.split(",")[0]] / min(times) for name, times in seconds.items()}
-    results = {
-        "rates": {name: round(rate, 2) for name, rate in rates.items()}, "units": {"encode": "texts per second", "train": "pairs per second"},
-        "ratios": {name: round(rates[name.split(",")[0] + ", ours"] / rate, 2) for name, rate in rates.items() if not name.endswith("ours")},
-        "smallest cosine between our vectors and theirs": round(agreement, 6), "bf16 in hardware": has_fast_bf16(torch.device("cpu")),
-        "machine": {"processor": processor_name(), "threads": torch.get_num_threads(), "system": platform.system()},
-        "versions": {name: version(name) for name in ("torch", "transformers", "sentence-transformers", "hybrid_ir")},
-        "command": f"python speed/training_and_encoding.py --steps {arguments.steps} --texts {arguments.texts} --rounds {arguments.rounds}",
-    }  # fmt: skip
-    target = Path(__file__).parent / "results" / "training_and_encoding.json"
-    target.parent.mkdir(exist_ok=True)
-    target.write_text(json.dumps(results, indent=1) + "\n")
-    print(json.dumps(results, indent=1))
+    comparisons = []
+    for name, rate in rates.items():
+        work, who = name.split(", ")
+        if who != "ours":
+            comparisons.append(compared(work, {"encode": "texts per second", "train": "pairs per second"}[work], rates[f"{work}, ours"], who, rate))
+    results = {"comparisons": comparisons, "smallest cosine between our vectors and theirs": round(agreement, 6), "bf16 in hardware": has_fast_bf16(torch.device("cpu"))}
+    write_result(__file__, results | entries(__file__, ["torch", "transformers", "sentence-transformers"], arguments))
 
 
 if __name__ == "__main__":

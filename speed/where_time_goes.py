@@ -8,25 +8,18 @@ Needs the data folder (HYBRID_IR_DATA). Writes speed/results/where_time_goes.jso
 """
 
 import argparse
-import json
 import os
-import platform
 import time
-from importlib.metadata import version
-from pathlib import Path
 
 import numpy as np
 import torch
+from _entries import entries, write_result
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from training_and_encoding import BATCH, LENGTH, complete_pairs, sample_texts
 
 from hybrid_ir import training
 from hybrid_ir.encoders import has_fast_bf16, load_encoder
-from hybrid_ir.experiment import processor_name
-from hybrid_ir.sources import write_json
-
-RESULTS = Path(__file__).parent / "results" / "where_time_goes.json"
 
 
 def matrix_peak(rounds: int, size: int = 2048) -> float:
@@ -145,13 +138,8 @@ def main():
     results = {
         "milliseconds of a step": parts, "batch": BATCH, "operations a second": {"training": round(rate / 1e9, 1), "one large product": round(peak / 1e9, 1)},
         "share of the peak": round(rate / peak, 2), "encoding": tried(texts, options.rounds), "texts": len(texts),
-        "machine": {"processor": processor_name(), "threads": torch.get_num_threads(), "system": platform.system()},
-        "versions": {name: version(name) for name in ("torch", "transformers", "hybrid_ir")},
-        "command": f"python speed/where_time_goes.py --steps {options.steps} --texts {options.texts} --rounds {options.rounds}",
     }  # fmt: skip
-    RESULTS.parent.mkdir(exist_ok=True)
-    write_json(RESULTS, results)
-    print(json.dumps(results, indent=1))
+    write_result(__file__, results | entries(__file__, ["torch", "transformers"], options))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,62 @@
+"""What every result of a speed script says about itself, and the clock and the memory that the scripts share. Running it does nothing."""
+
+import argparse
+import json
+import multiprocessing
+import platform
+import re
+import time
+from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+
+
+def entries(script: str, packages: list[str], options: argparse.Namespace, leave_out: tuple[str, ...] = ("folder", "keep")) -> dict:
+    "Machine, versions and command of a measurement; places on this machine are left out of the command."
+    import torch
+
+    from hybrid_ir.experiment import processor_name
+
+    given = {name.replace("_", "-"): value for name, value in vars(options).items() if name not in leave_out}
+    words = [f"--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}" for name, value in given.items()]
+    return {
+        "machine": {"processor": processor_name(), "threads": torch.get_num_threads(), "system": platform.system()},
+        "versions": {name: version(name) for name in [*packages, "hybrid_ir"]},
+        "command": " ".join([f"python speed/{Path(script).name}", *words]),
+    }
+
+
+def compared(work: str, unit: str, ours: float, name: str, peer: float) -> dict:
+    "A measurement beside that of a peer. The ratio says how many times as fast ours is; units are seconds, or so many per second."
+    ratio = peer / ours if unit == "seconds" else ours / peer
+    return {"work": work, "unit": unit, "ours": float(f"{ours:.4g}"), "peer": float(f"{peer:.4g}"), "name of the peer": name, "ratio": round(ratio, 2)}
+
+
+def write_result(script: str, result):
+    "Write speed/results/<name of the script>.json and print it."
+    target = Path(script).resolve().parent / "results" / f"{Path(script).stem}.json"
+    target.parent.mkdir(exist_ok=True)
+    target.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(json.dumps(result, indent=1, ensure_ascii=False))
+
+
+def memory(name: str = "VmHWM") -> float:
+    "GiB of resident memory of this process: VmRSS now, VmHWM the most so far."
+    return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 2**20
+
+
+def watched(function, arguments: tuple) -> dict:
+    "Call a function; its seconds, and the memory of the process at its highest. What it returns, if anything, is added."
+    import hybrid_ir.index  # noqa: F401  the libraries are loaded before the clock starts
+
+    started = time.perf_counter()
+    found = function(*arguments)
+    return {"seconds": round(time.perf_counter() - started, 2), "peak_memory_gib": round(memory(), 2)} | (found or {})
+
+
+def measure(function, *arguments) -> dict:
+    "The same in a process of its own, so that its memory is its own."
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        found = pool.submit(watched, function, arguments).result()
+    print(f"{function.__name__}{arguments[1:] if len(str(arguments[1:])) < 60 else ''}: {found}", flush=True)
+    return found
