@@ -22,7 +22,7 @@ import hybrid_ir
 from .benchmarks import benchmark_from_pairs
 from .encoders import KNOWN_LANGUAGES, load_encoder
 from .evaluation import Scores, compare, evaluate, seed_values
-from .experiment import Run, RunConfig, complete_runs, run_folder, slug
+from .experiment import Run, RunConfig, complete_runs, parse_benchmark, run_folder, slug
 from .samplers import SAMPLERS
 from .sources import cache_dir, choose, write_json
 from .training import split_pairs, train
@@ -75,7 +75,7 @@ PLANS = {
     "me5-small-q4": Plan(
         "me5-small-q4", TRAINING_LANGUAGES, ("mono", "cross", "hybrid"), (0,),
         learning_rates=(3e-5, 1e-4, 3e-4), temperatures=(0.01, 0.03), steps=60, selection_steps=20, selection_ids=100, validate_every=20,
-        core=("xquad_r", "mlqa_r"), large=("xm3600", "miracl:yo"), hybrid_only=("xquad_r:context",),
+        core=("xquad_r", "mlqa_r"), large=("xm3600:ar+de+el+en+es+th+tr+vi+zh", "miracl:yo"), hybrid_only=("xquad_r:context",),
     ),
 }  # fmt: skip
 
@@ -337,7 +337,8 @@ def gap_answer(rows: list[dict]) -> str:
     answers, lines = {"reproduced": "Yes", "not reproduced": "No", "not decidable": "Not decidable"}, []
     for encoder, benchmark in dict.fromkeys((row["encoder"], row["benchmark"]) for row in rows if row["benchmark"].startswith("xm3600")):
         found = {row["claim"]: row for row in rows if (row["encoder"], row["benchmark"]) == (encoder, benchmark) and row["claim"].startswith("gap")}
-        named = "XM3600, in the languages it knows" if ":known" in benchmark else "XM3600, in all languages"
+        choice = parse_benchmark(benchmark)
+        named = f"XM3600, in {'the languages it knows' if choice.known else f'{len(choice.languages)} languages' if choice.languages else 'all languages'}"
         if len(found) < len(GAP_CLAIMS):
             lines.append(f"**{encoder} on {named}**: not all runs are complete.")
             continue

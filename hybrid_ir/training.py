@@ -150,26 +150,28 @@ class TokenTable:
     "The same for pairs whose tokens fit into memory, computed once."
 
     def __init__(self, encoder: Encoder, pairs: ParallelPairs, options: TrainingOptions, progress: bool = True, block: int = 4096):
+        self.block, self.tokens, self.offsets, self.negatives = block, {"query": [], "passage": []}, {"query": [], "passage": []}, []
         stream, present = TokenStream(encoder, pairs, options), {"query": pairs.has_query, "passage": pairs.has_passage}
-        self.tokens, self.offsets, self.negatives = {}, {}, None
         with tqdm(total=2 * len(pairs), desc="tokenising", unit="text", leave=False, disable=not progress, mininterval=1) as bar:
-            for kind, has_text in present.items():
-                lengths, parts = np.zeros(len(pairs), dtype=np.int64), []
-                for start in range(0, len(pairs), block):
-                    rows = start + np.flatnonzero(has_text[start : start + block])
-                    found = stream.take(kind, rows) if len(rows) else []
-                    lengths[rows] = [len(tokens) for tokens in found]
-                    parts += [np.concatenate(found)] if found else []
-                    bar.update(min(block, len(pairs) - start))
-                self.tokens[kind], self.offsets[kind] = np.concatenate(parts), np.append(0, np.cumsum(lengths))
-        if options.hard_negatives:
-            blocks = (range(start, min(start + block, len(pairs))) for start in range(0, len(pairs), block))
-            self.negatives = [found for rows in blocks for found in stream.take_negatives(rows)]
+            for start in range(0, len(pairs), block):
+                size = min(block, len(pairs) - start)
+                for kind, has_text in present.items():
+                    places = np.flatnonzero(has_text[start : start + size])
+                    lengths, found = np.zeros(size, dtype=np.int32), stream.take(kind, start + places) if len(places) else []
+                    lengths[places] = [len(tokens) for tokens in found]
+                    self.tokens[kind].append(np.concatenate(found) if found else np.zeros(0, dtype=np.int32))
+                    self.offsets[kind].append(np.append(0, np.cumsum(lengths)).astype(np.int32))
+                    bar.update(size)
+                if options.hard_negatives:
+                    self.negatives += stream.take_negatives(range(start, start + size))
 
     def take(self, kind: str, rows: np.ndarray) -> list[np.ndarray]:
         "The tokens of the questions (`query`) or passages of some rows, int32 [length] each."
-        offsets = self.offsets[kind]
-        return [self.tokens[kind][offsets[row] : offsets[row + 1]] for row in rows]
+        found = []
+        for block, place in zip(*np.divmod(rows, self.block)):
+            start, end = self.offsets[kind][block][place : place + 2]
+            found.append(self.tokens[kind][block][start:end])
+        return found
 
     def take_negatives(self, rows: np.ndarray) -> list[list[np.ndarray]]:
         "The tokens of the hard negatives of some rows, one list for each row."
@@ -177,12 +179,14 @@ class TokenTable:
 
     def arrays(self) -> list[np.ndarray]:
         "Arrays that hold every token in use."
-        return [*self.tokens.values(), *(tokens for found in self.negatives or [] for tokens in found)]
+        return [*self.tokens["query"], *self.tokens["passage"], *(tokens for found in self.negatives for tokens in found)]
 
     def translate(self, vocabulary: CompactVocabulary):
         "Replace the token numbers by those of a compact vocabulary."
-        self.tokens = {kind: vocabulary.numbers[tokens] for kind, tokens in self.tokens.items()}
-        self.negatives = self.negatives and [vocabulary.translate(found) for found in self.negatives]
+        for blocks in self.tokens.values():
+            for number, tokens in enumerate(blocks):
+                blocks[number] = vocabulary.numbers[tokens]
+        self.negatives = [vocabulary.translate(found) for found in self.negatives]
 
 # %% ../nbs/06_training.ipynb #7005602e
 @dataclass

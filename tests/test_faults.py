@@ -619,7 +619,7 @@ done.set()
 watcher.join()
 print(json.dumps({"rows": len(pairs), "ids": pairs.n_ids, "losses": len(result.log), "grown": peak - before}))
 """
-BYTES_PER_ROW = 400  # index, groups, languages, the sampler's own arrays, what Arrow keeps of a read, and the tokens: 4 bytes each
+BYTES_PER_ROW = 500  # 4 for each of about 77 tokens, and the index, the sampler's own arrays, what Arrow keeps of a read
 BYTES_FIXED = 150_000_000
 
 
