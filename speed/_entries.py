@@ -45,6 +45,11 @@ def memory(name: str = "VmHWM") -> float:
     return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 2**20
 
 
+def forget_peak():
+    "Let VmHWM start again from what is resident now (Linux)."
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 def watched(function, arguments: tuple) -> dict:
     "Call a function; its seconds, and the memory of the process at its highest. What it returns, if anything, is added."
     import hybrid_ir.index  # noqa: F401  the libraries are loaded before the clock starts

@@ -1,6 +1,6 @@
 """What a training step needs: all activations in memory at once, or the gradients of the vectors cached and the texts computed again, portion by portion.
 
-    python speed/gradient_caching.py [--plain 32 128 256] [--cached 1024] [--portion 32]
+    python speed/gradient_caching.py [--plain 32 128] [--cached 128 1024] [--peer 128] [--portion 32]
 
 The encoder is me5-small-q4, the pairs are those of `training_and_encoding.py`; sentence-transformers does the cached step with the same weights, batch and texts at a time.
 Each step runs in a process of its own, on one thread, and its seconds are those of the processor, so that other work on the machine counts little. Memory is resident memory:
@@ -12,7 +12,7 @@ import os
 import tempfile
 import time
 
-from _entries import compared, entries, measure, memory, write_result
+from _entries import compared, entries, forget_peak, measure, memory, write_result
 
 
 def our_step(batch_size: int, portion: int | None) -> dict:
@@ -26,6 +26,7 @@ def our_step(batch_size: int, portion: int | None) -> dict:
     torch.set_num_threads(1)
     encoder = load_encoder("me5-small-q4", device="cpu", precision="fp32", query_length=LENGTH, passage_length=LENGTH)
     trainer = Trainer(encoder, complete_pairs(5 * batch_size // 4), training_options(sampler="hybrid", batch_size=batch_size, mini_batch_size=portion, steps=1, temperature=TEMPERATURE, heldout=0), None, False)
+    forget_peak()
     loaded, started = memory("VmRSS"), time.process_time()
     trainer.step()
     return {"seconds a pair": round((time.process_time() - started) / batch_size, 4), "loaded_gib": round(loaded, 2)}
@@ -44,6 +45,7 @@ def peer_step(batch_size: int, portion: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         load_encoder("me5-small-q4", device="cpu").save(folder)
         batch = BatchSampler(pairs, "hybrid", batch_size=batch_size).next_batch()
+        forget_peak()
         loaded = memory("VmRSS")
         seconds = peer_training(folder, pairs, [batch], cached=2 * portion, clock=time.process_time)  # our portions hold questions and passages, theirs one of them
     return {"seconds a pair": round(seconds / batch_size, 4), "loaded_gib": round(loaded, 2)}
@@ -51,21 +53,20 @@ def peer_step(batch_size: int, portion: int) -> dict:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--plain", type=int, nargs="*", default=[32, 128, 256], help="batch sizes with all activations in memory")
-    parser.add_argument("--cached", type=int, default=1024, help="batch size with cached gradients")
+    parser.add_argument("--plain", type=int, nargs="*", default=[32, 128], help="batch sizes with all activations in memory")
+    parser.add_argument("--cached", type=int, nargs="*", default=[128, 1024], help="batch sizes with cached gradients")
+    parser.add_argument("--peer", type=int, default=128, help="one of them, for sentence-transformers")
     parser.add_argument("--portion", type=int, default=32, help="pairs whose activations are in memory at once")
     options = parser.parse_args()
     steps = [{"step": "plain", "batch": size} | measure(our_step, size, None) for size in options.plain]
-    steps.append({"step": "cached", "batch": options.cached} | measure(our_step, options.cached, options.portion))
-    steps.append({"step": "cached, sentence-transformers", "batch": options.cached} | measure(peer_step, options.cached, options.portion))
+    steps.append({"step": "cached, sentence-transformers", "batch": options.peer} | measure(peer_step, options.peer, options.portion))
+    steps += [{"step": "cached", "batch": size} | measure(our_step, size, options.portion) for size in options.cached]
     for step in steps:
         step.pop("seconds")  # with loading
-    ours, peer = steps[-2:]
-    results = {
-        "steps": steps, "portion": options.portion,
-        "comparisons": [compared(f"a step of {options.cached:,} pairs, cached", "seconds", ours["seconds a pair"] * options.cached, "sentence-transformers, cached", peer["seconds a pair"] * options.cached)],
-    }  # fmt: skip
-    write_result(__file__, results | entries(__file__, ["torch", "transformers", "sentence-transformers"], options))
+    ours, peer = next(step for step in steps if step["step"] == "cached" and step["batch"] == options.peer), steps[len(options.plain)]
+    work, seconds = f"a step of {options.peer} pairs, {options.portion} at a time", [step["seconds a pair"] * options.peer for step in (ours, peer)]
+    result = {"steps": steps, "portion": options.portion, "comparisons": [compared(work, "seconds", seconds[0], "sentence-transformers, cached gradients", seconds[1])]}
+    write_result(__file__, result | entries(__file__, ["torch", "transformers", "sentence-transformers"], options))
 
 
 if __name__ == "__main__":

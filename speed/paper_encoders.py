@@ -79,7 +79,7 @@ def main():
             raise SystemExit(f"{name} failed")
         found.append(results.get())
         print(f"{name}: {found[-1]['pairs_per_second']} pairs/s, {found[-1]['peak_memory_gib']} GiB, {time.time() - started:.0f} s in all", flush=True)
-    write_result(__file__, [record | entries(__file__, ["torch", "transformers"], options) for record in found])
+    write_result(__file__, [record | {"unit": "pairs per second"} | entries(__file__, ["torch", "transformers"], options) for record in found])
 
 
 if __name__ == "__main__":

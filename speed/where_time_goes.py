@@ -3,13 +3,15 @@
     python speed/where_time_goes.py [--steps 4] [--texts 25] [--rounds 2]
 
 The encoder is me5-small-q4, the pairs are those of `training_and_encoding.py`. Floating-point operations are counted by PyTorch; the peak is what one large
-product of matrices reaches in the same run. Every variant encodes the same texts, one after the other in each round, and the fastest round of each counts.
+product of matrices reaches in the same run. Every variant encodes the same texts, one after the other in each round, and the fastest round of each counts, the first one
+left out. What to expect of a variant is computed before it runs: from the padding that it saves, or from the share of the time that it can change. torch.compile needs a C++ compiler.
 Needs the data folder (HYBRID_IR_DATA). Writes speed/results/where_time_goes.json.
 """
 
 import argparse
 import os
 import time
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -17,9 +19,10 @@ from _entries import entries, write_result
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from training_and_encoding import BATCH, LENGTH, complete_pairs, sample_texts
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hybrid_ir import training
-from hybrid_ir.encoders import has_fast_bf16, load_encoder
+from hybrid_ir.encoders import has_fast_bf16, length_chunks, load_encoder
 
 
 def matrix_peak(rounds: int, size: int = 2048) -> float:
@@ -84,45 +87,104 @@ def training_parts(pairs, steps: int) -> tuple[dict, float]:
     return milliseconds, counter.get_total_flops() / (whole / steps)
 
 
-def in_order(encoder, tokens: list[np.ndarray], size: int = 32):
+def chunks_in_order(tokens: list[np.ndarray], size: int = 32) -> list[np.ndarray]:
     "Texts in the order in which they come, 32 at a time."
-    return np.concatenate([encoder(*encoder.pad(tokens[start : start + size])).float().numpy() for start in range(0, len(tokens), size)])
+    return [np.arange(start, min(start + size, len(tokens))) for start in range(0, len(tokens), size)]
 
 
-def variants(texts: list[str]) -> dict:
-    "What was tried for encoding: {name: function of nothing}."
-    encoder = load_encoder("me5-small-q4", device="cpu", precision="fp32", passage_length=LENGTH)
-    quantised = load_encoder("me5-small-q4", device="cpu", precision="fp32", passage_length=LENGTH)
+def padded_tokens(tokens: list[np.ndarray], chunks: list[np.ndarray]) -> int:
+    "Tokens that are computed, padding included."
+    return sum(len(chunk) * max(len(tokens[row]) for row in chunk) for chunk in chunks)
+
+
+def encode_packed(encoder, tokens: list[np.ndarray]):
+    "No padding at all: the texts of a portion in one row, and attention within each text, texts of one length together."
+    runs, vectors = [], np.empty((len(tokens), encoder.dim), dtype=np.float32)
+
+    def attention(module, query, key, value, mask, scaling=None, **options):  # query, key, value: [1, heads, tokens, width]
+        parts, start = [], 0
+        for count, length in runs:
+            block = [part[0, :, start : start + count * length].unflatten(1, (count, length)).transpose(0, 1) for part in (query, key, value)]
+            parts.append(torch.nn.functional.scaled_dot_product_attention(*block, scale=scaling).transpose(1, 2).flatten(0, 1))
+            start += count * length
+        return torch.cat(parts)[None], None
+
+    ALL_ATTENTION_FUNCTIONS.register("packed", attention)
+    encoder.backbone.config._attn_implementation = "packed"
+    for chunk in length_chunks(np.array([len(text) for text in tokens]), encoder.token_budget):
+        texts = [tokens[row] for row in chunk]
+        runs[:] = [(len(list(group)), length) for length, group in groupby(map(len, texts))]
+        row = torch.from_numpy(np.concatenate(texts)).long()[None]
+        places = torch.from_numpy(np.concatenate([np.arange(len(text)) for text in texts]))[None]
+        hidden = encoder.backbone(input_ids=row, position_ids=places).last_hidden_state[0]
+        means = torch.stack([part.mean(0) for part in hidden.split([len(text) for text in texts])])
+        vectors[chunk] = torch.nn.functional.normalize(means, dim=-1).numpy()
+    encoder.backbone.config._attn_implementation = "sdpa"
+    return vectors
+
+
+def product_shares(encoder, tokens: list[np.ndarray]) -> tuple[float, float]:
+    "Shares of the time of encoding: products with weights, and all products of matrices, attention included."
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        encoder.embed_tokens(tokens)
+    times = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
+    weights = sum(time for key, time in times.items() if key in ("aten::addmm", "aten::mm"))
+    attention = sum(time for key, time in times.items() if "attention" in key or key == "aten::bmm")
+    return weights / sum(times.values()), (weights + attention) / sum(times.values())
+
+
+def int8_gain(rounds: int) -> float:
+    "How many times as fast one layer of weights is in int8."
+    layer, vectors, seconds = torch.nn.Sequential(torch.nn.Linear(384, 1536)), torch.rand(2048, 384), []
+    for module in (layer, torch.ao.quantization.quantize_dynamic(layer, {torch.nn.Linear}, dtype=torch.qint8)):
+        times = []
+        for _ in range(5 * rounds):
+            started = time.perf_counter()
+            module(vectors)
+            times.append(time.perf_counter() - started)
+        seconds.append(min(times))
+    return seconds[0] / seconds[1]
+
+
+def variants(texts: list[str], rounds: int) -> list[dict]:
+    "What was tried for encoding: its name, what to expect of it and from what, how to run it, and what became of it."
+    encoder, quantised, compiled = (load_encoder("me5-small-q4", device="cpu", precision="fp32", passage_length=LENGTH) for _ in range(3))
     quantised.backbone = torch.ao.quantization.quantize_dynamic(quantised.backbone, {torch.nn.Linear}, dtype=torch.qint8)
+    compiled.backbone.compile(dynamic=True)
     tokens = encoder.tokenize(texts, "passage", LENGTH)
-    found = {
-        "as it is: sorted by length, 2,048 tokens at a time": lambda: encoder.embed_tokens(tokens).float().numpy(),
-        "in the order of the texts, 32 at a time": lambda: in_order(encoder, tokens),
-        "16,384 tokens at a time": lambda: encoder.embed_tokens(tokens, 16_384).float().numpy(),
-        "256 tokens at a time": lambda: encoder.embed_tokens(tokens, 256).float().numpy(),
-        "int8 weights, quantised as they run": lambda: quantised.embed_tokens(tokens).float().numpy(),
-    }
+    lengths, (weights, products), gain = np.array([len(text) for text in tokens]), product_shares(encoder, tokens), int8_gain(rounds)
+    computed = {budget: padded_tokens(tokens, length_chunks(lengths, budget)) for budget in (encoder.token_budget, 16_384, 256)}
+    usual, unsorted = computed[encoder.token_budget], chunks_in_order(tokens)
+    found = [
+        ("as it is: sorted by length, 2,048 tokens at a time", 1.0, "", lambda: encoder.embed_tokens(tokens), "yes"),
+        ("in the order of the texts, 32 at a time", usual / padded_tokens(tokens, unsorted), "padding", lambda: torch.cat([encoder(*encoder.pad([tokens[row] for row in chunk])) for chunk in unsorted]), "no: slower"),
+        ("16,384 tokens at a time", usual / computed[16_384], "padding", lambda: encoder.embed_tokens(tokens, 16_384), "no: slower"),
+        ("256 tokens at a time", usual / computed[256], "padding", lambda: encoder.embed_tokens(tokens, 256), "no: slower"),
+        ("packed: no padding, attention within each text", usual / lengths.sum(), f"padding: {1 - lengths.sum() / usual:.1%} of the tokens", lambda: torch.from_numpy(encode_packed(encoder, tokens)), "no: little is left to save"),
+        ("torch.compile, shapes free", 1 / products, f"at most: {products:.0%} of the time are products", lambda: compiled.embed_tokens(tokens), "no: see below"),
+        ("int8 weights, quantised as they run", 1 / (1 - weights + weights / gain), f"one layer {gain:.1f} times as fast, {weights:.0%} of the time", lambda: quantised.embed_tokens(tokens), "no: other vectors"),
+    ]  # fmt: skip
     if has_fast_bf16(torch.device("cpu")):
         half = load_encoder("me5-small-q4", device="cpu", precision="bf16", passage_length=LENGTH)
-        found["bf16"] = lambda: half.embed_tokens(tokens).float().numpy()
-    return found
+        found.append(("bf16", 2.0, "twice the operations", lambda: half.embed_tokens(tokens), "yes, where the hardware has it"))
+    return [dict(zip(("variant", "predicted", "from", "run", "kept"), row)) for row in found]
 
 
 def tried(texts: list[str], rounds: int) -> list[dict]:
-    "Texts per second of each variant beside the first, and how near its vectors are to those of the first."
-    found = variants(texts)
-    times, vectors = {name: [] for name in found}, {}
+    "Texts per second of each variant beside the first, predicted and measured, how long its first round took, and how near its vectors are to those of the first."
+    found = variants(texts, rounds)
+    times, vectors = [[] for _ in found], [None] * len(found)
     with torch.inference_mode():
-        for _ in range(rounds):
-            for name, run in found.items():
+        for _ in range(rounds + 1):  # the first round compiles, and does not count
+            for number, variant in enumerate(found):
                 started = time.perf_counter()
-                vectors[name] = run()
-                times[name].append(time.perf_counter() - started)
-    first = next(iter(found))
+                vectors[number] = variant["run"]().float().numpy()
+                times[number].append(time.perf_counter() - started)
+    best = [min(seconds[1:]) for seconds in times]
     return [
-        {"variant": name, "texts per second": round(len(texts) / min(times[name]), 1), "times as fast": round(min(times[first]) / min(times[name]), 2),
-         "smallest cosine": round(float((vectors[first] * vectors[name]).sum(1).min()), 4)}
-        for name in found
+        {"variant": variant["variant"], "predicted": round(float(variant["predicted"]), 2), "measured": round(best[0] / best[number], 2), "kept": variant["kept"], "predicted from": variant["from"],
+         "texts per second": round(len(texts) / best[number], 1), "smallest cosine": round(float((vectors[0] * vectors[number]).sum(1).min()), 4), "first round, s": round(times[number][0], 1)}
+        for number, variant in enumerate(found)
     ]  # fmt: skip
 
 
