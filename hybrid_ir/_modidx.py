@@ -210,6 +210,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'hybrid_ir.evaluation.Scores.run': ('evaluation.html#scores.run', 'hybrid_ir/evaluation.py'),
                                       'hybrid_ir.evaluation.Scores.save': ('evaluation.html#scores.save', 'hybrid_ir/evaluation.py'),
                                       'hybrid_ir.evaluation.Scores.to_dict': ('evaluation.html#scores.to_dict', 'hybrid_ir/evaluation.py'),
+                                      'hybrid_ir.evaluation.answered_in_several': ( 'evaluation.html#answered_in_several',
+                                                                                    'hybrid_ir/evaluation.py'),
                                       'hybrid_ir.evaluation.benchmark_info': ('evaluation.html#benchmark_info', 'hybrid_ir/evaluation.py'),
                                       'hybrid_ir.evaluation.by_query_table': ('evaluation.html#by_query_table', 'hybrid_ir/evaluation.py'),
                                       'hybrid_ir.evaluation.call_encoder': ('evaluation.html#call_encoder', 'hybrid_ir/evaluation.py'),

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'POOL', 'SMALL_TABLE', 'call_encoder', 'embed', 'judgement_languages', 'choose_tasks', 'query_rows',
-           'query_language_numbers', 'corpus_rows', 'pool_rows', 'query_contributions', 'by_query_table', 'cell_means',
-           'language_table', 'gap_rows', 'estimates', 'ScoreTables', 'shown_tables', 'html_table', 'markdown_table',
-           'plain', 'json_lines', 'significant', 'write_rows', 'Scores', 'own_corpus_top', 'benchmark_info',
-           'score_embeddings', 'evaluate', 'query_values', 'check_comparable', 'seed_values', 'same_queries', 'compare',
-           'compare_gap']
+           'query_language_numbers', 'corpus_rows', 'answered_in_several', 'pool_rows', 'query_contributions',
+           'by_query_table', 'cell_means', 'language_table', 'gap_rows', 'estimates', 'ScoreTables', 'shown_tables',
+           'html_table', 'markdown_table', 'plain', 'json_lines', 'significant', 'write_rows', 'Scores',
+           'own_corpus_top', 'benchmark_info', 'score_embeddings', 'evaluate', 'query_values', 'check_comparable',
+           'seed_values', 'same_queries', 'compare', 'compare_gap']
 
 # %% ../nbs/09_evaluation.ipynb #c6bb8c24
 import inspect
@@ -149,6 +149,15 @@ def corpus_rows(
     return query_rows(benchmark, queries, query_language_numbers(benchmark)[queries], languages, metrics.measure(judged, measures))
 
 # %% ../nbs/09_evaluation.ipynb #cdd38dcb
+def answered_in_several(benchmark) -> np.ndarray:  # bool [n_queries]
+    "For each query whether it has answers in more than one language."
+    languages, queries = judgement_languages(benchmark)[1], benchmark.judgement_queries
+    lowest, highest = np.full(len(benchmark.queries), len(benchmark.languages)), np.full(len(benchmark.queries), -1)
+    np.minimum.at(lowest, queries, languages)
+    np.maximum.at(highest, queries, languages)
+    return lowest < highest
+
+
 def pool_rows(
     benchmark,  # a Benchmark
     ranks: retrieval.Ranks,  # of all judgements, with the top of the pool
@@ -161,11 +170,12 @@ def pool_rows(
     numbers = np.array([list(benchmark.languages).index(language) for language in benchmark.passage_slices])
     passage_languages = numbers[retrieval.row_languages(benchmark.passage_slices, len(benchmark.passages))]
     share = metrics.same_language_share(ranks.top_passages[queries], passage_languages, languages[queries], share_at)
-    bias = {
+    between = {
         "rank_distance": metrics.rank_distance(judged),
         "normalized_rank_distance": metrics.normalized_rank_distance(judged, len(benchmark.passages)),
-        "worst_rank": metrics.worst_rank(judged),
-        f"same_language_share@{share_at}": share}
+        "worst_rank": metrics.worst_rank(judged)}
+    several = answered_in_several(benchmark)[queries]
+    bias = {name: np.where(several, values, np.nan) for name, values in between.items()} | {f"same_language_share@{share_at}": share}
     columns = {**metrics.measure(judged, measures), **{name: values.astype(np.float32) for name, values in bias.items()}}
     return query_rows(benchmark, queries, languages[queries], np.full(len(queries), len(benchmark.languages)), columns)
 
@@ -310,14 +320,15 @@ def shown_tables(
     order = [*info["tasks"], *(["gap"] if "gap" in text.index else [])]
     tables = [(caption, text.loc[order, scores.measures].rename(index={"gap": "gap (mono - cross)"}).rename_axis(None))]
     if "multi" in info["tasks"]:
-        bias = scores.bias()
+        bias = scores.bias().dropna(axis=1, how="all")
         shown = pd.DataFrame({name: bias[name].map("{:,.1f}".format if name in ("rank_distance", "worst_rank") else "{:.3f}".format) for name in bias})
         for name in [name for name in bias if name in text.columns]:
             row = intervals[(intervals["task"] == "multi") & (intervals["measure"] == name)].iloc[0]
             if np.isfinite(row["low"]):
                 style = "{:,.1f}" if name in ("rank_distance", "worst_rank") else "{:.3f}"
                 shown.loc["macro", name] += " " + f"[{style}, {style}]".format(row["low"], row["high"])
-        tables.append((f"Language bias in the pool, by query language. Perfect rank distance {info['perfect_rank_distance']:,.0f}, expected of a random ranking {info['random_rank_distance']:,.0f}", shown))
+        bounds = f". Perfect rank distance {info['perfect_rank_distance']:,.0f}, expected of a random ranking {info['random_rank_distance']:,.0f}" if "rank_distance" in bias else ""
+        tables.append((f"Language bias in the pool, by query language{bounds}", shown))
     return tables
 
 
@@ -465,8 +476,7 @@ def benchmark_info(benchmark, tasks, measures) -> dict:
     "What was evaluated: names, sizes, the language shares of the pool, and the rank distances of a perfect and of a random ranking."
     sizes = {language: benchmark.passage_slices.get(language, slice(0, 0)) for language in benchmark.languages}
     sizes = {language: rows.stop - rows.start for language, rows in sizes.items()}
-    n_passages, relevant = len(benchmark.passages), np.unique(benchmark.judgement_queries, return_counts=True)[1]
-    relevant = relevant[relevant > 1]
+    n_passages, relevant = len(benchmark.passages), np.bincount(benchmark.judgement_queries, minlength=len(benchmark.queries))[answered_in_several(benchmark)]
     return {
         "benchmark": benchmark.name, "languages": list(benchmark.languages), "tasks": list(tasks), "measures": list(measures),
         "n_queries": len(benchmark.queries), "n_passages": n_passages, "corpus_sizes": sizes,

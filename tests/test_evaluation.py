@@ -19,6 +19,7 @@ from hybrid_ir.evaluation import (
     evaluate,
     score_embeddings,
 )
+from hybrid_ir.figures import bias_plot
 
 IR_NAMES = {"map": "AP", "mrr@10": "RR@10", "ndcg@10": "nDCG@10", "recall@1": "R@1", "recall@10": "R@10", "recall@100": "R@100"}
 
@@ -487,3 +488,17 @@ def test_chosen_measures():
     with pytest.raises(ValueError, match="valid: ndcg@3, mrr, rank_distance"):
         scores.by_language("map")
     assert scores.by_language("rank_distance").columns.tolist() == ["multi"]
+
+
+def test_no_distance_between_languages_where_answers_are_in_one():
+    "Answers in the question's own language only, several of each, as in the pool of MIRACL: the share in the top says something, a distance between languages would not."
+    names, ids = ("de", "en"), range(6)
+    passages = pd.DataFrame([(f"{n}/{part}", lang, f"answer {n}.{part} {lang}") for lang in names for n in ids for part in (0, 1)], columns=["id", "lang", "text"])
+    queries = pd.DataFrame([(f"{lang}{n}", lang, f"question {n} {lang}") for lang in names for n in ids], columns=["id", "lang", "text"])
+    judgements = pd.DataFrame([(row, 2 * row + part, 1) for row in range(len(queries)) for part in (0, 1)], columns=["query", "passage", "grade"])
+    scores = evaluate(small_vectors, Benchmark("own", passages, queries, judgements, pooled=True), progress=False)
+    assert scores.info["tasks"] == ["mono", "multi"] and scores.info["perfect_rank_distance"] is None
+    assert scores.bias()[["rank_distance", "normalized_rank_distance", "worst_rank"]].isna().all(axis=None) and scores.bias()["same_language_share@10"].notna().all()
+    shown = scores._repr_html_()
+    assert "same_language_share@10" in shown and "nan" not in shown and "distance" not in shown
+    assert len(bias_plot(scores, scores).axes) == 1
