@@ -2,7 +2,7 @@
 
 Eleven corpora searched from eleven languages (11 within a language, 110 across), and the pool from eleven: 132 settings. The peers are given the same scores
 for a sample of queries of each kind, and their time is scaled to all of them: with all scores as Python objects the whole would not fit into memory. All in one
-process, alternating, so that a busy machine is busy for everyone. Needs the data folder (HYBRID_IR_DATA) and ranx (`pip install ranx`). Writes speed/results/evaluation.json.
+process, alternating, on one thread, and in seconds of the processor, so that other work on the machine counts little. Needs the data folder (HYBRID_IR_DATA) and ranx (`pip install ranx`). Writes speed/results/evaluation.json.
 
     python speed/evaluation.py [--queries 20] [--rounds 2]
 """
@@ -11,6 +11,7 @@ import argparse
 import time
 
 import ir_measures
+import numba
 import numpy as np
 import ranx
 import torch
@@ -31,10 +32,10 @@ def unit_vectors(n: int, dim: int, rng: np.random.Generator) -> np.ndarray:
 
 def bare_product(queries: np.ndarray, passages: np.ndarray, block: int = 1024) -> float:
     "Seconds of nothing but the product of all queries with all passages, in blocks."
-    queries, passages, started = torch.from_numpy(queries), torch.from_numpy(passages), time.perf_counter()
+    queries, passages, started = torch.from_numpy(queries), torch.from_numpy(passages), time.process_time()
     for start in range(0, len(queries), block):
         queries[start : start + block] @ passages.T
-    return time.perf_counter() - started
+    return time.process_time() - started
 
 
 def with_ir_measures(qrels: dict, run: dict) -> dict:
@@ -57,13 +58,13 @@ def peer_work(benchmark, scores: np.ndarray, rows: np.ndarray, corpus: slice) ->
     "For some queries on one corpus, from their scores to per-query values: the seconds of each peer, and {peer: {measure: values}}."
     judged = {int(row): benchmark.judgement_passages[benchmark.judgement_queries == row] for row in rows}
     qrels = {str(row): {str(passage): 1 for passage in found if corpus.start <= passage < corpus.stop} for row, found in judged.items()}
-    names, started = [str(passage) for passage in range(corpus.start, corpus.stop)], time.perf_counter()
+    names, started = [str(passage) for passage in range(corpus.start, corpus.stop)], time.process_time()
     run = {str(row): dict(zip(names, line.tolist())) for row, line in zip(rows, scores)}
-    both, seconds, values = time.perf_counter() - started, {}, {}
+    both, seconds, values = time.process_time() - started, {}, {}
     for name, evaluate in PEERS.items():
-        started = time.perf_counter()
+        started = time.process_time()
         values[name] = evaluate(qrels, run)
-        seconds[name] = both + time.perf_counter() - started
+        seconds[name] = both + time.process_time() - started
     return seconds, values
 
 
@@ -73,15 +74,17 @@ def main():
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--dim", type=int, default=384)
     arguments = parser.parse_args()
+    torch.set_num_threads(1)  # and Numba takes as many, in this library
+    numba.set_num_threads(1)  # for ranx
     benchmark, rng = load_benchmark("xquad_r"), np.random.default_rng(0)
     queries, passages = unit_vectors(len(benchmark.queries), arguments.dim, rng), unit_vectors(len(benchmark.passages), arguments.dim, rng)
     np.add.at(queries, benchmark.judgement_queries, passages[benchmark.judgement_passages] * 0.5)  # so that there is something to find
     times, languages, pool = {name: [] for name in ("ours", "bare matrix product", *PEERS)}, benchmark.languages, slice(0, len(passages))
     differences = dict.fromkeys(PEERS, 0.0)
     for _ in range(arguments.rounds + 1):  # the first round compiles, and does not count
-        started = time.perf_counter()
+        started = time.process_time()
         scores = score_embeddings(benchmark, queries, passages, k=0)
-        times["ours"].append(time.perf_counter() - started)
+        times["ours"].append(time.process_time() - started)
         times["bare matrix product"].append(bare_product(queries, passages))
         seconds = dict.fromkeys(PEERS, 0.0)
         for language in languages:

@@ -1,6 +1,6 @@
 """What a training step needs: all activations in memory at once, or the gradients of the vectors cached and the texts computed again, portion by portion.
 
-    python speed/gradient_caching.py [--plain 32 128] [--cached 128 1024] [--peer 128] [--portion 32]
+    python speed/gradient_caching.py [--plain 32 128] [--cached 128 1024] [--peer 128] [--portion 32] [--length 32]
 
 The encoder is me5-small-q4, the pairs are those of `training_and_encoding.py`; sentence-transformers does the cached step with the same weights, batch and texts at a time.
 Each step runs in a process of its own, on one thread, and its seconds are those of the processor, so that other work on the machine counts little. Memory is resident memory:
@@ -15,16 +15,16 @@ import time
 from _entries import compared, entries, forget_peak, measure, memory, write_result
 
 
-def our_step(batch_size: int, portion: int | None) -> dict:
+def our_step(batch_size: int, portion: int | None, length: int) -> dict:
     "One step of our trainer; `portion`: pairs whose activations are in memory at once."
     import torch
-    from training_and_encoding import LENGTH, TEMPERATURE, complete_pairs
+    from training_and_encoding import TEMPERATURE, complete_pairs
 
     from hybrid_ir.encoders import load_encoder
     from hybrid_ir.training import Trainer, training_options
 
     torch.set_num_threads(1)
-    encoder = load_encoder("me5-small-q4", device="cpu", precision="fp32", query_length=LENGTH, passage_length=LENGTH)
+    encoder = load_encoder("me5-small-q4", device="cpu", precision="fp32", query_length=length, passage_length=length)
     trainer = Trainer(encoder, complete_pairs(5 * batch_size // 4), training_options(sampler="hybrid", batch_size=batch_size, mini_batch_size=portion, steps=1, temperature=TEMPERATURE, heldout=0), None, False)
     forget_peak()
     loaded, started = memory("VmRSS"), time.process_time()
@@ -32,7 +32,7 @@ def our_step(batch_size: int, portion: int | None) -> dict:
     return {"seconds a pair": round((time.process_time() - started) / batch_size, 4), "loaded_gib": round(loaded, 2)}
 
 
-def peer_step(batch_size: int, portion: int) -> dict:
+def peer_step(batch_size: int, portion: int, length: int) -> dict:
     "One step of sentence-transformers' trainer with cached gradients."
     import torch
     from training_and_encoding import complete_pairs, peer_training
@@ -47,7 +47,7 @@ def peer_step(batch_size: int, portion: int) -> dict:
         batch = BatchSampler(pairs, "hybrid", batch_size=batch_size).next_batch()
         forget_peak()
         loaded = memory("VmRSS")
-        seconds = peer_training(folder, pairs, [batch], cached=2 * portion, clock=time.process_time)  # our portions hold questions and passages, theirs one of them
+        seconds = peer_training(folder, pairs, [batch], cached=2 * portion, length=length, clock=time.process_time)  # our portions hold questions and passages, theirs one of them
     return {"seconds a pair": round(seconds / batch_size, 4), "loaded_gib": round(loaded, 2)}
 
 
@@ -57,15 +57,16 @@ def main():
     parser.add_argument("--cached", type=int, nargs="*", default=[128, 1024], help="batch sizes with cached gradients")
     parser.add_argument("--peer", type=int, default=128, help="one of them, for sentence-transformers")
     parser.add_argument("--portion", type=int, default=32, help="pairs whose activations are in memory at once")
+    parser.add_argument("--length", type=int, default=32, help="tokens of a text at most")
     options = parser.parse_args()
-    steps = [{"step": "plain", "batch": size} | measure(our_step, size, None) for size in options.plain]
-    steps.append({"step": "cached, sentence-transformers", "batch": options.peer} | measure(peer_step, options.peer, options.portion))
-    steps += [{"step": "cached", "batch": size} | measure(our_step, size, options.portion) for size in options.cached]
+    steps = [{"step": "plain", "batch": size} | measure(our_step, size, None, options.length) for size in options.plain]
+    steps.append({"step": "cached, sentence-transformers", "batch": options.peer} | measure(peer_step, options.peer, options.portion, options.length))
+    steps += [{"step": "cached", "batch": size} | measure(our_step, size, options.portion, options.length) for size in options.cached]
     for step in steps:
         step.pop("seconds")  # with loading
     ours, peer = next(step for step in steps if step["step"] == "cached" and step["batch"] == options.peer), steps[len(options.plain)]
     work, seconds = f"a step of {options.peer} pairs, {options.portion} at a time", [step["seconds a pair"] * options.peer for step in (ours, peer)]
-    result = {"steps": steps, "portion": options.portion, "comparisons": [compared(work, "seconds", seconds[0], "sentence-transformers, cached gradients", seconds[1])]}
+    result = {"steps": steps, "portion": options.portion, "length": options.length, "comparisons": [compared(work, "seconds", seconds[0], "sentence-transformers, cached gradients", seconds[1])]}
     write_result(__file__, result | entries(__file__, ["torch", "transformers", "sentence-transformers"], options))
 
 

@@ -30,9 +30,9 @@ LANGUAGES = ["ar", "de", "en", "es", "hi", "ru", "th", "tr", "zh"]
 BATCH, LENGTH, TEMPERATURE, RATE = 32, 64, 0.02, 3e-5
 
 
-def peer_model(folder: str, dtype: torch.dtype = torch.float32) -> SentenceTransformer:
+def peer_model(folder: str, dtype: torch.dtype = torch.float32, length: int = LENGTH) -> SentenceTransformer:
     "sentence-transformers with the same weights, pooling and length."
-    transformer = Transformer(folder, max_seq_length=LENGTH, model_kwargs={"dtype": dtype, "add_pooling_layer": False})
+    transformer = Transformer(folder, max_seq_length=length, model_kwargs={"dtype": dtype, "add_pooling_layer": False})
     return SentenceTransformer(modules=[transformer, Pooling(transformer.get_embedding_dimension()), Normalize()], device="cpu")
 
 
@@ -52,11 +52,11 @@ class FixedBatches:
         pass
 
 
-def peer_training(folder: str, pairs, batches: list[np.ndarray], bf16: bool = False, cached: int | None = None, clock=time.perf_counter) -> float:
+def peer_training(folder: str, pairs, batches: list[np.ndarray], bf16: bool = False, cached: int | None = None, length: int = LENGTH, clock=time.perf_counter) -> float:
     "Seconds that sentence-transformers' trainer takes for the batches; `cached`: with cached gradients, so many texts at a time."
     rows, size = np.concatenate(batches), len(batches[0])
     data = Dataset.from_dict({"anchor": ["query: " + pairs.table[int(q)]["query"] for q in rows[:, 0]], "positive": ["passage: " + pairs.table[int(p)]["passage"] for p in rows[:, 1]]})
-    model = peer_model(folder)
+    model = peer_model(folder, length=length)
     with tempfile.TemporaryDirectory() as output:
         arguments = SentenceTransformerTrainingArguments(
             output_dir=output, per_device_train_batch_size=size, num_train_epochs=1, learning_rate=RATE, bf16=bf16, use_cpu=True, save_strategy="no", report_to=[], disable_tqdm=True,
