@@ -1,6 +1,7 @@
 """What every result of a speed script says about itself, and the clock and the memory that the scripts share. Running it does nothing."""
 
 import argparse
+import ctypes
 import json
 import multiprocessing
 import platform
@@ -46,7 +47,8 @@ def memory(name: str = "VmHWM") -> float:
 
 
 def forget_peak():
-    "Let VmHWM start again from what is resident now (Linux)."
+    "Give free memory back, and let VmHWM start again from what is resident now (Linux)."
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -59,9 +61,9 @@ def watched(function, arguments: tuple) -> dict:
     return {"seconds": round(time.perf_counter() - started, 2), "peak_memory_gib": round(memory(), 2)} | (found or {})
 
 
-def measure(function, *arguments) -> dict:
-    "The same in a process of its own, so that its memory is its own."
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+def measure(function, *arguments, start: str = "spawn") -> dict:
+    "The same in a process of its own, so that its memory is its own; `fork`: with everything that is loaded here."
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context(start)) as pool:
         found = pool.submit(watched, function, arguments).result()
     print(f"{function.__name__}{arguments[1:] if len(str(arguments[1:])) < 60 else ''}: {found}", flush=True)
     return found

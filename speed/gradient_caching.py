@@ -3,7 +3,7 @@
     python speed/gradient_caching.py [--plain 32 128] [--cached 128 1024] [--peer 128] [--portion 32] [--length 32]
 
 The encoder is me5-small-q4, the pairs are those of `training_and_encoding.py`; sentence-transformers does the cached step with the same weights, batch and texts at a time.
-Each step runs in a process of its own, on one thread, and its seconds are those of the processor, so that other work on the machine counts little. Memory is resident memory:
+Each step runs in a process of its own, a copy of one that has loaded the encoder, on one thread, and its seconds are those of the processor, so that other work on the machine counts little. Memory is resident memory:
 after loading, and at its highest. Needs the data folder (HYBRID_IR_DATA). Writes speed/results/gradient_caching.json.
 """
 
@@ -11,21 +11,24 @@ import argparse
 import os
 import tempfile
 import time
+from dataclasses import replace
 
+import torch
 from _entries import compared, entries, forget_peak, measure, memory, write_result
+from training_and_encoding import TEMPERATURE, complete_pairs, peer_training
+
+from hybrid_ir.encoders import load_encoder
+from hybrid_ir.samplers import BatchSampler
+from hybrid_ir.training import Trainer, training_options
+
+ENCODER = load_encoder("me5-small-q4", device="cpu", precision="fp32")
 
 
 def our_step(batch_size: int, portion: int | None, length: int) -> dict:
     "One step of our trainer; `portion`: pairs whose activations are in memory at once."
-    import torch
-    from training_and_encoding import TEMPERATURE, complete_pairs
-
-    from hybrid_ir.encoders import load_encoder
-    from hybrid_ir.training import Trainer, training_options
-
-    torch.set_num_threads(1)
-    encoder = load_encoder("me5-small-q4", device="cpu", precision="fp32", query_length=length, passage_length=length)
-    trainer = Trainer(encoder, complete_pairs(5 * batch_size // 4), training_options(sampler="hybrid", batch_size=batch_size, mini_batch_size=portion, steps=1, temperature=TEMPERATURE, heldout=0), None, False)
+    ENCODER.config = replace(ENCODER.config, query_length=length, passage_length=length)
+    options = training_options(sampler="hybrid", batch_size=batch_size, mini_batch_size=portion, steps=1, temperature=TEMPERATURE, heldout=0)
+    trainer = Trainer(ENCODER, complete_pairs(5 * batch_size // 4), options, None, False)
     forget_peak()
     loaded, started = memory("VmRSS"), time.process_time()
     trainer.step()
@@ -34,16 +37,9 @@ def our_step(batch_size: int, portion: int | None, length: int) -> dict:
 
 def peer_step(batch_size: int, portion: int, length: int) -> dict:
     "One step of sentence-transformers' trainer with cached gradients."
-    import torch
-    from training_and_encoding import complete_pairs, peer_training
-
-    from hybrid_ir.encoders import load_encoder
-    from hybrid_ir.samplers import BatchSampler
-
-    torch.set_num_threads(1)
     pairs = complete_pairs(5 * batch_size // 4)
     with tempfile.TemporaryDirectory() as folder:
-        load_encoder("me5-small-q4", device="cpu").save(folder)
+        ENCODER.save(folder)
         batch = BatchSampler(pairs, "hybrid", batch_size=batch_size).next_batch()
         forget_peak()
         loaded = memory("VmRSS")
@@ -59,9 +55,10 @@ def main():
     parser.add_argument("--portion", type=int, default=32, help="pairs whose activations are in memory at once")
     parser.add_argument("--length", type=int, default=32, help="tokens of a text at most")
     options = parser.parse_args()
-    steps = [{"step": "plain", "batch": size} | measure(our_step, size, None, options.length) for size in options.plain]
-    steps.append({"step": "cached, sentence-transformers", "batch": options.peer} | measure(peer_step, options.peer, options.portion, options.length))
-    steps += [{"step": "cached", "batch": size} | measure(our_step, size, options.portion, options.length) for size in options.cached]
+    torch.set_num_threads(1)
+    steps = [{"step": "plain", "batch": size} | measure(our_step, size, None, options.length, start="fork") for size in options.plain]
+    steps.append({"step": "cached, sentence-transformers", "batch": options.peer} | measure(peer_step, options.peer, options.portion, options.length, start="fork"))
+    steps += [{"step": "cached", "batch": size} | measure(our_step, size, options.portion, options.length, start="fork") for size in options.cached]
     for step in steps:
         step.pop("seconds")  # with loading
     ours, peer = next(step for step in steps if step["step"] == "cached" and step["batch"] == options.peer), steps[len(options.plain)]

@@ -2,7 +2,7 @@
 
     python speed/growth.py [--languages 2 4 8 11] [--pools 1000 10000 100000] [--batches 8 32 128] [--portion 8]
 
-Every point is measured in a process of its own, on one thread: seconds of the processor, so that other work on the machine counts little, and resident memory beyond what was loaded before.
+Every point is measured in a process of its own, a copy of one that has loaded the encoder, on one thread: seconds of the processor, so that other work on the machine counts little, and resident memory beyond what was loaded before.
 The slope is that of a straight line through logarithms: 1 is in proportion, 2 is with the square. Needs the data folder (HYBRID_IR_DATA). Writes speed/results/growth.json.
 """
 
@@ -11,9 +11,18 @@ import os
 import time
 
 import numpy as np
+import torch
 from _entries import entries, forget_peak, measure, memory, write_result
+from training_and_encoding import complete_pairs
 
-DIM, QUERIES = 384, 2000
+from hybrid_ir.benchmarks import BENCHMARKS, load_benchmark
+from hybrid_ir.encoders import load_encoder
+from hybrid_ir.evaluation import score_embeddings
+from hybrid_ir.retrieval import rank_judgements
+from hybrid_ir.training import Trainer, training_options
+
+DIM, QUERIES, LENGTH = 384, 2000, 16
+ENCODER = load_encoder("me5-small-q4", device="cpu", precision="fp32", query_length=LENGTH, passage_length=LENGTH)
 
 
 def unit_vectors(n: int) -> np.ndarray:
@@ -27,17 +36,11 @@ def cost(function) -> dict:
     forget_peak()
     before, started = memory("VmRSS"), time.process_time()
     function()
-    return {"cpu seconds": round(time.process_time() - started, 3), "mib": round((memory() - before) * 1024, 1)}
+    return {"cpu seconds": round(time.process_time() - started, 3), "mib": max(0.1, round((memory() - before) * 1024, 1))}
 
 
 def evaluation(languages: int) -> dict:
     "All settings of so many languages of XQuAD-R, every measure of every query."
-    import torch
-
-    from hybrid_ir.benchmarks import BENCHMARKS, load_benchmark
-    from hybrid_ir.evaluation import score_embeddings
-
-    torch.set_num_threads(1)
     small = load_benchmark("sample", ["de", "en"])
     score_embeddings(small, unit_vectors(len(small.queries)), unit_vectors(len(small.passages)), k=0)  # compiles
     benchmark = load_benchmark("xquad_r", list(BENCHMARKS["xquad_r"].languages)[:languages])
@@ -47,11 +50,6 @@ def evaluation(languages: int) -> dict:
 
 def ranking(pool: int) -> dict:
     "The ranks of one passage for each of some queries, in a pool of one language."
-    import torch
-
-    from hybrid_ir.retrieval import rank_judgements
-
-    torch.set_num_threads(1)
     queries, passages, rows = unit_vectors(QUERIES), unit_vectors(pool), np.arange(QUERIES)
     rank_judgements(queries[:16], passages[:16], {"en": slice(0, 16)}, rows[:16], rows[:16])  # compiles
     return cost(lambda: rank_judgements(queries, passages, {"en": slice(0, pool)}, rows, rows % pool))
@@ -59,15 +57,7 @@ def ranking(pool: int) -> dict:
 
 def step(batch_size: int, portion: int | None) -> dict:
     "A training step of me5-small-q4; `portion`: pairs whose activations are in memory at once."
-    import torch
-    from training_and_encoding import LENGTH, complete_pairs
-
-    from hybrid_ir.encoders import load_encoder
-    from hybrid_ir.training import Trainer, training_options
-
-    torch.set_num_threads(1)
-    encoder = load_encoder("me5-small-q4", device="cpu", precision="fp32", query_length=LENGTH, passage_length=LENGTH)
-    trainer = Trainer(encoder, complete_pairs(160), training_options(sampler="hybrid", batch_size=batch_size, mini_batch_size=portion, steps=1, heldout=0), None, False)
+    trainer = Trainer(ENCODER, complete_pairs(160), training_options(sampler="hybrid", batch_size=batch_size, mini_batch_size=portion, steps=1, heldout=0), None, False)
     return cost(trainer.step)
 
 
@@ -83,6 +73,7 @@ def main():
     parser.add_argument("--batches", type=int, nargs="+", default=[8, 32, 128])
     parser.add_argument("--portion", type=int, default=8, help="pairs at a time with cached gradients")
     options = parser.parse_args()
+    torch.set_num_threads(1)
     plans = {
         ("evaluation", "languages"): [(evaluation, size) for size in options.languages], ("ranking", "passages in the pool"): [(ranking, size) for size in options.pools],
         ("training step, plain", "pairs in the batch"): [(step, size, None) for size in options.batches],
@@ -90,7 +81,7 @@ def main():
     }  # fmt: skip
     curves = []
     for (what, against), calls in plans.items():
-        points = [{"size": call[1]} | measure(*call) for call in calls]
+        points = [{"size": call[1]} | measure(*call, start="fork") for call in calls]
         curves.append({"what": what, "against": against, "slope of time": slope(points, "cpu seconds"), "slope of memory": slope(points, "mib"), "points": points})
     write_result(__file__, {"queries of the ranking": QUERIES, "curves": curves} | entries(__file__, ["torch", "transformers", "numba"], options))
 
