@@ -104,7 +104,6 @@ return {
   broken: [...document.querySelectorAll("img")].filter(image => !image.naturalWidth).map(image => image.src.slice(0, 80)),
   signatures: document.querySelectorAll("main h3.anchored, main h3[id]").length,
   background: getComputedStyle(document.body).backgroundColor,
-  overflow: document.documentElement.scrollWidth - window.innerWidth,
 };
 """
 
@@ -186,21 +185,108 @@ def test_search_finds_a_word_and_leads_to_it(browser, address):
     assert "hybrid" in browser.find_element("tag name", "main").text.lower()
 
 
-@pytest.mark.parametrize("name", ["index.html", *HOWTO_PAGES, *MODULE_PAGES, *REPORT_PAGES])
+STUDY_PAGES = [p.stem + ".html" for p in sorted((ROOT / "nbs").glob("*.ipynb")) if p not in NUMBERED and not p.stem.startswith("howto_")]
+
+
+@pytest.mark.parametrize("name", [*STUDY_PAGES, *HOWTO_PAGES, *MODULE_PAGES, *REPORT_PAGES])
 def test_phone_width_needs_no_sideways_scrolling(browser, address, name):
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True})
-    assert read(browser, address + name)["overflow"] <= 0
+    read(browser, address + name)
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= 390  # not innerWidth: a phone zooms out until all fits
+    outside = browser.execute_script("""
+        const scrolls = element => element && (["auto", "scroll"].includes(getComputedStyle(element).overflowX) || scrolls(element.parentElement));
+        return [...document.querySelectorAll("main *")].filter(e => e.checkVisibility() && e.getBoundingClientRect().right > 391 && !scrolls(e)).map(e => e.outerHTML.slice(0, 80));
+    """)
+    assert not outside, "cut off, and cannot be scrolled"
+
+
+def brightness(page: dict) -> float:
+    "The mean of the background's three colours, 0 to 255."
+    return sum(map(float, re.findall(r"[\d.]+", page["background"])[:3])) / 3
 
 
 def test_dark_mode_is_dark(browser, address):
-    def brightness() -> float:
-        red, green, blue = map(float, re.findall(r"[\d.]+", read(browser, address)["background"])[:3])
-        return (red + green + blue) / 3
-
-    light = brightness()
+    light = brightness(read(browser, address))
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": "dark"}]})
-    dark = brightness()
+    dark = brightness(read(browser, address))
     assert light > 200 and dark < 80
+
+
+CONTRAST = """
+const channels = text => { const n = text.match(/[\\d.]+/g).map(Number); return text.startsWith("color(") ? [...n.slice(0, 3).map(v => 255 * v), n[3] ?? 1] : [...n.slice(0, 3), n[3] ?? 1]; };
+const onto = (top, below) => [0, 1, 2].map(i => top[i] * top[3] + below[i] * (1 - top[3]));
+const luminance = colour => colour.map(v => v / 255).map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4).reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+const behind = element => {
+  const layers = [];
+  for (let e = element; e; e = e.parentElement) layers.unshift(channels(getComputedStyle(e).backgroundColor));
+  return layers.reduce((below, layer) => onto(layer, below), [255, 255, 255]);
+};
+const opacity = element => { let all = 1; for (let e = element; e; e = e.parentElement) all *= getComputedStyle(e).opacity; return all; };
+const found = {}, seen = new Set();
+const texts = document.createTreeWalker(document.querySelector("main"), NodeFilter.SHOW_TEXT);
+while (texts.nextNode()) {
+  const element = texts.currentNode.parentElement, style = getComputedStyle(element);
+  if (!texts.currentNode.data.trim() || seen.has(element) || style.visibility !== "visible" || !element.checkVisibility()) continue;
+  seen.add(element);
+  const below = behind(element), ink = channels(style.color), [dark, light] = [luminance(below), luminance(onto([...ink.slice(0, 3), ink[3] * opacity(element)], below))].sort((a, b) => a - b);
+  const kind = element.closest("td, th") ? "table" : element.closest("pre") ? "code" : "text", contrast = (light + 0.05) / (dark + 0.05);
+  if (contrast < (found[kind]?.contrast ?? 99)) found[kind] = {contrast, text: element.innerText.slice(0, 40), colour: style.color, background: below.map(Math.round).join()};
+}
+return found;
+"""
+READ_MODES = ["index.html", "method.html", "evaluation.html", *HOWTO_PAGES, *REPORT_PAGES[:3]]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_tables_and_code_can_be_read(browser, address, scheme):
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
+    pale, kinds = {}, set()
+    for name in READ_MODES:
+        assert (brightness(read(browser, address + name)) < 80) == (scheme == "dark")
+        found = browser.execute_script(CONTRAST)
+        kinds |= found.keys()
+        pale |= {(name, kind): worst for kind, worst in found.items() if worst["contrast"] < 4.5}
+    assert kinds == {"text", "table", "code"}
+    assert not pale
+
+
+def test_pictures_do_not_glare_in_the_dark(browser, address):
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": "dark"}]})
+    read(browser, address + "method.html")
+    styles = browser.execute_script("return [...document.querySelectorAll('main img')].map(i => getComputedStyle(i)).map(s => [s.backgroundColor, s.filter])")
+    assert styles and all(background == "rgb(255, 255, 255)" and "brightness" in dimmed for background, dimmed in styles)  # black labels on a card, and the card is dimmed
+
+
+def test_a_figure_opens_in_its_own_size(browser, address):
+    read(browser, address)
+    picture = browser.find_element("css selector", "main img.shrunken")
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", picture)
+    picture.click()
+    opened = browser.find_element("css selector", "dialog[open] img")
+    assert opened.size["width"] > picture.size["width"]
+    opened.click()
+    assert not browser.find_elements("css selector", "dialog")
+
+
+def test_home_page_says_all_on_one_screen(browser, address):
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": 1400, "height": 900, "deviceScaleFactor": 1, "mobile": False})
+    read(browser, address)
+    ends = browser.execute_script("""
+        const end = element => element.getBoundingClientRect().bottom;
+        return {answer: end(document.querySelector("main .cell-output-markdown")), figure: end(document.querySelector("main img")), commands: end(document.querySelector("main pre"))};
+    """)
+    assert ends["answer"] < ends["figure"] < ends["commands"] <= 900, ends
+
+
+def test_navigation_opens_on_a_phone(browser, address):
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True})
+    read(browser, address)
+    link = browser.find_element("css selector", "#quarto-sidebar a[href*='method']")
+    assert not link.is_displayed()
+    browser.find_element("css selector", ".quarto-secondary-nav .quarto-btn-toggle").click()
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    WebDriverWait(browser, 10).until(lambda b: link.is_displayed() and 0 <= link.location["x"] < 390)
 
 
 class Links(HTMLParser):
