@@ -717,6 +717,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'hybrid_ir/study_figures.py'),
                                          'hybrid_ir.study_figures.seeds_table': ( 'study_figures.html#seeds_table',
                                                                                   'hybrid_ir/study_figures.py'),
+                                         'hybrid_ir.study_figures.short_name': ( 'study_figures.html#short_name',
+                                                                                 'hybrid_ir/study_figures.py'),
                                          'hybrid_ir.study_figures.stars': ('study_figures.html#stars', 'hybrid_ir/study_figures.py'),
                                          'hybrid_ir.study_figures.tasks_of': ('study_figures.html#tasks_of', 'hybrid_ir/study_figures.py'),
                                          'hybrid_ir.study_figures.validation_plot': ( 'study_figures.html#validation_plot',

@@ -7,7 +7,7 @@ __all__ = ['COLOURS', 'PANELS', 'MANY_LANGUAGES', 'VERDICT_COLOURS', 'colour_of'
            'seed_means', 'comparison_table', 'comparison_plot', 'seeds_table', 'stars', 'difference_table',
            'language_differences', 'language_difference_map', 'mean_table', 'mean_by_language', 'comparison_maps',
            'mean_bias', 'comparison_bias_plot', 'language_group_table', 'published_plot', 'validation_plot',
-           'runs_table', 'claims_table', 'verdict_grid', 'claims_plot', 'alpha_plot', 'gap_plot']
+           'runs_table', 'claims_table', 'verdict_grid', 'short_name', 'claims_plot', 'alpha_plot', 'gap_plot']
 
 # %% ../nbs/13_study_figures.ipynb #0728a964
 import matplotlib.pyplot as plt
@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from .evaluation import Scores, compare, seed_values
-from .experiment import Run, code_hash
+from .experiment import Run, code_hash, parse_benchmark
 from .figures import language_map, new_figure
 from .metrics import Estimate, bootstrap_interval, seed_summary
 from .study import allows
@@ -280,6 +280,12 @@ def verdict_grid(rows: list[dict], benchmarks: dict[str, str]) -> pd.DataFrame:
     return pd.DataFrame(cells).T.fillna("").rename_axis(index="claim", columns=["encoder", "benchmark"])
 
 
+def short_name(encoder: str, benchmark: str) -> str:
+    "Encoder and benchmark as a label: a long list of languages becomes their number."
+    choice = parse_benchmark(benchmark)
+    return f"{encoder}, {choice.name} in {len(choice.languages)} languages" if len(choice.languages or ()) > 3 else f"{encoder}, {benchmark}"
+
+
 def claims_plot(rows: list[dict]) -> Figure:
     "Every effect with its interval, its bound as a tick, and its verdict as a colour; one panel a claim."
     claims = {}
@@ -294,7 +300,7 @@ def claims_plot(rows: list[dict]) -> Figure:
             axes.hlines(place, row["low"], row["high"], color=VERDICT_COLOURS[row["verdict"]], linewidth=2)
             axes.plot(row["effect"], place, "o", color=VERDICT_COLOURS[row["verdict"]], markersize=4)
             axes.plot(row["bound"], place, "|", color="black", markersize=9)
-            ticks.append((place, f"{row['encoder']}, {row['benchmark']}"))
+            ticks.append((place, short_name(row["encoder"], row["benchmark"])))
         place += 1.8
     axes.axvline(0, color="0.7", linewidth=0.8)
     axes.set_yticks([tick for tick, _ in ticks], [name for _, name in ticks], fontsize=7.5)
