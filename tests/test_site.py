@@ -258,6 +258,7 @@ def test_pictures_do_not_glare_in_the_dark(browser, address):
 
 
 def test_a_figure_opens_in_its_own_size(browser, address):
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True})
     read(browser, address)
     picture = browser.find_element("css selector", "main img.shrunken")
     browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", picture)
