@@ -261,7 +261,7 @@ def test_a_figure_opens_in_its_own_size(browser, address):
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True})
     read(browser, address)
     picture = browser.find_element("css selector", "main img.shrunken")
-    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", picture)
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", picture)
     picture.click()
     opened = browser.find_element("css selector", "dialog[open] img")
     assert opened.size["width"] > picture.size["width"]
