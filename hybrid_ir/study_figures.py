@@ -10,6 +10,8 @@ __all__ = ['COLOURS', 'PANELS', 'MANY_LANGUAGES', 'VERDICT_COLOURS', 'colour_of'
            'runs_table', 'claims_table', 'verdict_grid', 'short_name', 'claims_plot', 'alpha_plot', 'gap_plot']
 
 # %% ../nbs/13_study_figures.ipynb #0728a964
+import re
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -17,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from .evaluation import Scores, compare, seed_values
-from .experiment import Run, code_hash, parse_benchmark
+from .experiment import Run, code_hash
 from .figures import language_map, new_figure
 from .metrics import Estimate, bootstrap_interval, seed_summary
 from .study import allows
@@ -282,8 +284,7 @@ def verdict_grid(rows: list[dict], benchmarks: dict[str, str]) -> pd.DataFrame:
 
 def short_name(encoder: str, benchmark: str) -> str:
     "Encoder and benchmark as a label: a long list of languages becomes their number."
-    choice = parse_benchmark(benchmark)
-    return f"{encoder}, {choice.name} in {len(choice.languages)} languages" if len(choice.languages or ()) > 3 else f"{encoder}, {benchmark}"
+    return f"{encoder}, " + re.sub(r":\w+(\+\w+){3,}", lambda found: f" in {found[0].count('+') + 1} languages", benchmark)
 
 
 def claims_plot(rows: list[dict]) -> Figure:
