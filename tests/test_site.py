@@ -288,6 +288,11 @@ def test_navigation_opens_on_a_phone(browser, address):
     from selenium.webdriver.support.ui import WebDriverWait
 
     WebDriverWait(browser, 10).until(lambda b: link.is_displayed() and 0 <= link.location["x"] < 390)
+    top, bottom, header, first = browser.execute_script("""
+        const sidebar = document.querySelector("#quarto-sidebar"), place = element => element.getBoundingClientRect();
+        return [place(sidebar).top, place(sidebar).bottom, place(document.querySelector("#quarto-header")).bottom, place(sidebar.querySelector("a")).top];
+    """)
+    assert header - 1 <= top < first and bottom <= 845, "its first and last links must be in reach"
 
 
 class Links(HTMLParser):
