@@ -1,4 +1,4 @@
-"""What every result of a speed script says about itself, and the clock and the memory that the scripts share. Running it does nothing."""
+"""What every result of a speed script says about itself, and the clock, the memory and the random vectors that the scripts share. Running it does nothing."""
 
 import argparse
 import ctypes
@@ -10,6 +10,8 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
+
+import numpy as np
 
 
 def entries(script: str, packages: list[str], options: argparse.Namespace, leave_out: tuple[str, ...] = ("folder", "keep")) -> dict:
@@ -35,14 +37,22 @@ def compared(work: str, unit: str, ours: float, name: str, peer: float) -> dict:
 
 def write_result(script: str, result):
     "Write speed/results/<name of the script>.json and print it."
+    from hybrid_ir.sources import write_json
+
     target = Path(script).resolve().parent / "results" / f"{Path(script).stem}.json"
     target.parent.mkdir(exist_ok=True)
-    target.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(target, result)
     print(json.dumps(result, indent=1, ensure_ascii=False))
 
 
+def unit_vectors(n: int, dim: int, rng: np.random.Generator) -> np.ndarray:
+    "Random float32 [n, dim] of length 1."
+    vectors = rng.standard_normal((n, dim), dtype=np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
 def memory(name: str = "VmHWM") -> float:
-    "GiB of resident memory of this process: VmRSS now, VmHWM the most so far."
+    "GiB of resident memory of this process: VmRSS now, VmHWM the most so far, RssAnon now without mapped files."
     return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 2**20
 
 

@@ -15,19 +15,13 @@ import numba
 import numpy as np
 import ranx
 import torch
-from _entries import compared, entries, write_result
+from _entries import compared, entries, unit_vectors, write_result
 from ir_measures import AP, RR, R, nDCG
 
 from hybrid_ir.benchmarks import load_benchmark
 from hybrid_ir.evaluation import score_embeddings
 
 MEASURES = {"map": AP, "mrr@10": RR @ 10, "ndcg@10": nDCG @ 10, "recall@1": R @ 1, "recall@10": R @ 10, "recall@100": R @ 100}  # ranx has our names
-
-
-def unit_vectors(n: int, dim: int, rng: np.random.Generator) -> np.ndarray:
-    "float32 [n, dim] of length 1."
-    vectors = rng.standard_normal((n, dim), dtype=np.float32)
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
 def bare_product(queries: np.ndarray, passages: np.ndarray, block: int = 1024) -> float:

@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 import torch
-from _entries import entries, forget_peak, measure, memory, write_result
+from _entries import entries, forget_peak, measure, memory, unit_vectors, write_result
 from training_and_encoding import complete_pairs
 
 from hybrid_ir.benchmarks import BENCHMARKS, load_benchmark
@@ -25,10 +25,9 @@ DIM, QUERIES, LENGTH = 384, 2000, 16
 ENCODER = load_encoder("me5-small-q4", device="cpu", precision="fp32", query_length=LENGTH, passage_length=LENGTH)
 
 
-def unit_vectors(n: int) -> np.ndarray:
-    "Random float32 [n, DIM] of length 1."
-    vectors = np.random.default_rng(0).standard_normal((n, DIM), dtype=np.float32)
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+def vectors_of(rows) -> np.ndarray:
+    "A random vector for each row."
+    return unit_vectors(len(rows), DIM, np.random.default_rng(0))
 
 
 def cost(function) -> dict:
@@ -42,15 +41,15 @@ def cost(function) -> dict:
 def evaluation(languages: int) -> dict:
     "All settings of so many languages of XQuAD-R, every measure of every query."
     small = load_benchmark("sample", ["de", "en"])
-    score_embeddings(small, unit_vectors(len(small.queries)), unit_vectors(len(small.passages)), k=0)  # compiles
+    score_embeddings(small, vectors_of(small.queries), vectors_of(small.passages), k=0)  # compiles
     benchmark = load_benchmark("xquad_r", list(BENCHMARKS["xquad_r"].languages)[:languages])
-    queries, passages = unit_vectors(len(benchmark.queries)), unit_vectors(len(benchmark.passages))
+    queries, passages = vectors_of(benchmark.queries), vectors_of(benchmark.passages)
     return cost(lambda: score_embeddings(benchmark, queries, passages, k=0))
 
 
 def ranking(pool: int) -> dict:
     "The ranks of one passage for each of some queries, in a pool of one language."
-    queries, passages, rows = unit_vectors(QUERIES), unit_vectors(pool), np.arange(QUERIES)
+    queries, passages, rows = vectors_of(range(QUERIES)), vectors_of(range(pool)), np.arange(QUERIES)
     rank_judgements(queries[:16], passages[:16], {"en": slice(0, 16)}, rows[:16], rows[:16])  # compiles
     return cost(lambda: rank_judgements(queries, passages, {"en": slice(0, pool)}, rows, rows % pool))
 

@@ -8,17 +8,14 @@ may drop at any time. Writes speed/results/pairs_scale.json; the set (180 bytes 
 """
 
 import argparse
-import multiprocessing
 import os
-import re
 import shutil
 import threading
 import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from _entries import entries, write_result
+from _entries import entries, measure, memory, write_result
 
 LANGUAGES = ["ar", "de", "en", "es", "fr", "hi", "ru", "th", "zh"]
 SAMPLERS, BATCHES = ("mono", "cross", "hybrid", "mixed"), 2000
@@ -96,37 +93,20 @@ def sample(folder, rows) -> dict:
     return {"samplers": found}
 
 
-def anonymous_memory() -> int:
-    "Bytes of this process that no file backs."
-    return 1024 * int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text()).group(1))
-
-
-def watched(step, folder, rows) -> dict:
-    "Seconds and anonymous memory of a step, and what it found."
-    import hybrid_ir.samplers  # noqa: F401  the libraries are loaded before the clock starts
-
-    before, peak, done = anonymous_memory(), [0], threading.Event()
+def with_peak(step, folder, rows) -> dict:
+    "What a step found, and the anonymous memory that it needed at its highest."
+    before, peak, done = memory("RssAnon"), [0.0], threading.Event()
 
     def watch():
         while not done.wait(0.01):
-            peak[0] = max(peak[0], anonymous_memory())
+            peak[0] = max(peak[0], memory("RssAnon"))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    started = time.perf_counter()
     found = step(folder, rows)
-    seconds = time.perf_counter() - started
     done.set()
     watcher.join()
-    return {"seconds": round(seconds, 2), "memory_gib": round((max(peak[0], anonymous_memory()) - before) / 2**30, 3)} | (found or {})
-
-
-def measure(step, folder, rows) -> dict:
-    "The same in a process of its own."
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        found = pool.submit(watched, step, folder, rows).result()
-    print(f"{step.__name__}: {found}", flush=True)
-    return found
+    return {"memory_gib": round(max(peak[0], memory("RssAnon")) - before, 3)} | (found or {})
 
 
 def main():
@@ -142,10 +122,10 @@ def main():
     rows = options.rows // len(LANGUAGES) * len(LANGUAGES)
     results = {"rows": rows, "languages": len(LANGUAGES)}
     if not (options.folder / "rows.arrow").exists():
-        results["writing the texts"] = measure(write_set, options.folder, rows)
+        results["writing the texts"] = measure(with_peak, write_set, options.folder, rows)
     for name, step in {"opening, the first time": open_only, "opening": open_only, "splitting, the first time": split_only, "splitting": split_only}.items():
-        results[name] = measure(step, options.folder, rows)
-    results["sampling"] = measure(sample, options.folder, rows)
+        results[name] = measure(with_peak, step, options.folder, rows)
+    results["sampling"] = measure(with_peak, sample, options.folder, rows)
     results["bytes"] = {"texts": (options.folder / "rows.arrow").stat().st_size, "indexes": sum(path.stat().st_size for path in options.folder.rglob("*.npy"))}
     write_result(__file__, results | entries(__file__, ["numpy", "pyarrow", "datasets"], options))
     if not options.keep:

@@ -108,6 +108,20 @@ return {
 """
 
 
+def as_screen(browser, width: int, height: int, mobile: bool = False):
+    "Show pages as on a screen of this size."
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": mobile})
+
+
+def as_phone(browser):
+    as_screen(browser, 390, 844, mobile=True)
+
+
+def in_scheme(browser, scheme: str):
+    "Show pages to someone who prefers `light` or `dark`."
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
+
+
 def read(browser, url: str) -> dict:
     "Open a page, wait until its pictures are there, and say what is on it; what no page may have is checked here."
     browser.get(url)
@@ -190,7 +204,7 @@ STUDY_PAGES = [p.stem + ".html" for p in sorted((ROOT / "nbs").glob("*.ipynb")) 
 
 @pytest.mark.parametrize("name", [*STUDY_PAGES, *HOWTO_PAGES, *MODULE_PAGES, *REPORT_PAGES])
 def test_phone_width_needs_no_sideways_scrolling(browser, address, name):
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True})
+    as_phone(browser)
     read(browser, address + name)
     assert browser.execute_script("return document.documentElement.scrollWidth") <= 390  # not innerWidth: a phone zooms out until all fits
     outside = browser.execute_script("""
@@ -207,7 +221,7 @@ def brightness(page: dict) -> float:
 
 def test_dark_mode_is_dark(browser, address):
     light = brightness(read(browser, address))
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": "dark"}]})
+    in_scheme(browser, "dark")
     dark = brightness(read(browser, address))
     assert light > 200 and dark < 80
 
@@ -239,7 +253,7 @@ READ_MODES = ["index.html", "method.html", "evaluation.html", *HOWTO_PAGES, *REP
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_tables_and_code_can_be_read(browser, address, scheme):
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
+    in_scheme(browser, scheme)
     pale, kinds = {}, set()
     for name in READ_MODES:
         assert (brightness(read(browser, address + name)) < 80) == (scheme == "dark")
@@ -251,14 +265,14 @@ def test_text_tables_and_code_can_be_read(browser, address, scheme):
 
 
 def test_pictures_do_not_glare_in_the_dark(browser, address):
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": "dark"}]})
+    in_scheme(browser, "dark")
     read(browser, address + "method.html")
     styles = browser.execute_script("return [...document.querySelectorAll('main img')].map(i => getComputedStyle(i)).map(s => [s.backgroundColor, s.filter])")
     assert styles and all(background == "rgb(255, 255, 255)" and "brightness" in dimmed for background, dimmed in styles)  # black labels on a card, and the card is dimmed
 
 
 def test_a_figure_opens_in_its_own_size(browser, address):
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True})
+    as_phone(browser)
     read(browser, address)
     picture = browser.find_element("css selector", "main img.shrunken")
     browser.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", picture)
@@ -270,7 +284,7 @@ def test_a_figure_opens_in_its_own_size(browser, address):
 
 
 def test_home_page_says_all_on_one_screen(browser, address):
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": 1400, "height": 900, "deviceScaleFactor": 1, "mobile": False})
+    as_screen(browser, 1400, 900)
     read(browser, address)
     ends = browser.execute_script("""
         const end = element => element.getBoundingClientRect().bottom;
@@ -280,7 +294,7 @@ def test_home_page_says_all_on_one_screen(browser, address):
 
 
 def test_navigation_opens_on_a_phone(browser, address):
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True})
+    as_phone(browser)
     read(browser, address)
     link = browser.find_element("css selector", "#quarto-sidebar a[href*='method']")
     assert not link.is_displayed()
