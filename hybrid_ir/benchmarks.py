@@ -229,6 +229,7 @@ def benchmark_from_files(
 @dataclass(frozen=True)
 class BenchmarkSet:
     "A benchmark that `load_benchmark` knows by name."
+    title: str
     description: str
     license: str
     languages: tuple  # those that can be asked for
@@ -277,25 +278,25 @@ SENTENCE_PROTOCOL = "every sentence is a candidate; relevant are the sentences, 
 
 # %% ../nbs/02_benchmarks.ipynb #a6641e34
 BENCHMARKS = {
-    "sample": BenchmarkSet("held-out part of the shipped sample", "CC0-1.0", tuple(SAMPLE_LANGUAGES), SENTENCE_PROTOCOL),
+    "sample": BenchmarkSet("Sample", "held-out part of the shipped sample", "CC0-1.0", tuple(SAMPLE_LANGUAGES), SENTENCE_PROTOCOL),
     "xquad_r": BenchmarkSet(
-        "XQuAD-R of LAReQA: 1,190 questions in 11 languages", "CC BY-SA 4.0", tuple(XQUAD_R_SHA256), SENTENCE_PROTOCOL,
+        "XQuAD-R", "the part of LAReQA from XQuAD: 1,190 questions in 11 languages", "CC BY-SA 4.0", tuple(XQUAD_R_SHA256), SENTENCE_PROTOCOL,
         file="xquad_r/{lang}.json", url=LAREQA_URL + "/5405d2a77e83d5ccb47623a3f9e5604c3f103193/xquad-r/{lang}.json", sha256=XQUAD_R_SHA256,
     ),
     "mlqa_r": BenchmarkSet(
-        "MLQA-R of LAReQA: 500 to 1,148 questions in 7 languages", "CC BY-NC 4.0 (MLQA: CC BY-SA 3.0)", tuple(MLQA_R_SHA256), SENTENCE_PROTOCOL,
+        "MLQA-R", "the part of LAReQA from MLQA: 500 to 1,148 questions in 7 languages", "CC BY-NC 4.0 (MLQA: CC BY-SA 3.0)", tuple(MLQA_R_SHA256), SENTENCE_PROTOCOL,
         file="mlqa_r/{lang}.json", url=LAREQA_URL + "/354d67d1cd066854cdfbf5ad0e6105528976141d/mlqa-r/{lang}.json", sha256=MLQA_R_SHA256,
     ),
     "miracl": BenchmarkSet(
-        "MIRACL v1.0: Wikipedia passages and native speakers' questions in 18 languages", "Apache-2.0 (text: CC BY-SA)", tuple(MIRACL_FILES),
+        "MIRACL", "version 1.0: Wikipedia passages and native speakers' questions in 18 languages", "Apache-2.0 (text: CC BY-SA)", tuple(MIRACL_FILES),
         "all passages of the query's language are candidates; judged by people, within the language only", "miracl", splits=("dev", "train"),
     ),
     "miracl_pool": BenchmarkSet(
-        "83,280 passages of MIRACL in 18 languages; not comparable with published MIRACL numbers", "Apache-2.0 (text: CC BY-SA)",
+        "MIRACL pool", "83,280 passages of MIRACL in 18 languages; not comparable with published MIRACL numbers", "Apache-2.0 (text: CC BY-SA)",
         tuple(MIRACL_FILES), "a reduced pool of MIRACL passages; judged by people, within the language only", "beir", splits=("dev", "train"),
     ),
     "xm3600": BenchmarkSet(
-        "Crossmodal-3600: captions of 3,600 images in 36 languages", "CC BY 4.0", XM3600_LANGUAGES,
+        "XM3600", "Crossmodal-3600: captions of 3,600 images in 36 languages", "CC BY 4.0", XM3600_LANGUAGES,
         "query: an image's first caption; candidates: the second caption of every image; relevant: same image, in all languages", "captions",
         file="xm3600/captions.zip", url="https://google.github.io/crossmodal-3600/web-data/captions.zip",
     ),

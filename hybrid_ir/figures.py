@@ -125,15 +125,15 @@ def bias_plot(before: Scores, after: Scores) -> Figure:
     panels = {"normalized_rank_distance": "rank distance (normalised)", share: f"same-language share of the top {share.split('@')[-1]}"}
     panels = {name: title for name, title in panels.items() if then[name].notna().any()}  # answers in one language have no distance between languages
     figure, axes = new_figure((2.25 + 0.25 * len(then)) * len(panels), 2.8, len(panels))
-    for axis, (name, title) in zip(np.atleast_1d(axes), panels.items()):
-        places = np.arange(len(then))
+    axes, places = dict(zip(panels, np.atleast_1d(axes))), np.arange(len(then))
+    for name, axis in axes.items():
         axis.bar(places - 0.2, first[name], 0.4, color=BEFORE, label="untouched")
         axis.bar(places + 0.2, then[name], 0.4, color=AFTER, label="trained")
-        axis.set(title=title, xlabel="question language")
+        axis.set(title=panels[name], xlabel="question language")
         axis.set_xticks(places, list(then.index), fontsize=8)
         axis.grid(axis="x", visible=False)
-    axis.hlines(then["expected_share"], np.arange(len(then)) - 0.45, np.arange(len(then)) + 0.45, color="0.2", linewidth=1.2, label="share in the pool")
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+    axes[share].hlines(then["expected_share"], places - 0.45, places + 0.45, color="0.2", linewidth=1.2, label="share in the pool")
+    figure.legend(*axes[share].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     return figure
 
 # %% ../nbs/11_figures.ipynb #a6ac4114

@@ -337,8 +337,7 @@ def gap_answer(rows: list[dict]) -> str:
     answers, lines = {"reproduced": "Yes", "not reproduced": "No", "not decidable": "Not decidable"}, []
     for encoder, benchmark in dict.fromkeys((row["encoder"], row["benchmark"]) for row in rows if row["benchmark"].startswith("xm3600")):
         found = {row["claim"]: row for row in rows if (row["encoder"], row["benchmark"]) == (encoder, benchmark) and row["claim"].startswith("gap")}
-        choice = parse_benchmark(benchmark)
-        named = f"XM3600, in {'the languages it knows' if choice.known else f'{len(choice.languages)} languages' if choice.languages else 'all languages'}"
+        named = parse_benchmark(benchmark).title
         if len(found) < len(GAP_CLAIMS):
             lines.append(f"**{encoder} on {named}**: not all runs are complete.")
             continue
@@ -360,7 +359,7 @@ def ablation_answer(comparisons: list[Comparison]) -> str:
         drawn, name = [without[seed].metrics["composition"] for seed in seeds], comparison.benchmark
         row = compare([usual[seed].after[name] for seed in seeds], [without[seed].after[name] for seed in seeds], "map", comparison.scores["untouched"][0].info["tasks"][-1]).loc["macro"]
         lines.append(
-            f"- {comparison.encoder}, {name}: {sum(part['repeated_ids'] for part in drawn)} repeated ids in {sum(part['batches'] for part in drawn)} batches of {without[seeds[0]].config.batch_size}; with the rule the pooled mAP "
+            f"- {comparison.encoder} on {parse_benchmark(name).title}: {sum(part['repeated_ids'] for part in drawn)} repeated ids in {sum(part['batches'] for part in drawn)} batches of {without[seeds[0]].config.batch_size}; with the rule the pooled mAP "
             f"is {100 * row['difference']:+.2f} points different [{100 * row['low']:+.2f}, {100 * row['high']:+.2f}], {len(seeds)} seed{'s' * (len(seeds) > 1)}.")
     caution = "The intervals are over questions. They do not contain the noise of training: a run with other batches differs too, whatever the rule, so that only differences that return with every seed count."
     return "\n".join([*lines, "", caution]) if lines else "This run is not complete yet."

@@ -10,8 +10,6 @@ __all__ = ['COLOURS', 'PANELS', 'MANY_LANGUAGES', 'VERDICT_COLOURS', 'colour_of'
            'runs_table', 'claims_table', 'verdict_grid', 'short_name', 'claims_plot', 'alpha_plot', 'gap_plot']
 
 # %% ../nbs/13_study_figures.ipynb #0728a964
-import re
-
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -19,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from .evaluation import Scores, compare, seed_values
-from .experiment import Run, code_hash
+from .experiment import Run, code_hash, parse_benchmark
 from .figures import language_map, new_figure
 from .metrics import Estimate, bootstrap_interval, seed_summary
 from .study import allows
@@ -265,12 +263,15 @@ VERDICT_COLOURS = {"reproduced": "#2a7f3f", "not reproduced": "#b03a2e", "not de
 
 
 def claims_table(rows: list[dict]) -> pd.DataFrame:
-    "Claims with verdict, effect and interval, from `study.judge_all`."
+    "Claims with verdict, effect and interval, from `study.judge_all`; claim by claim, and without the encoder or benchmark where there is only one."
     table = pd.DataFrame([{
-        "claim": row["text"] + ("" if row["languages"] == "all" else f" (questions in {', '.join(row['languages'])})"), "encoder": row["encoder"], "benchmark": row["benchmark"], "against": row["against"],
-        "effect": f"{row['effect']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]", "bound": f"> {row['bound']:g}", "seeds": row["seeds"], "verdict": row["verdict"],
+        "claim": row["text"], "encoder": row["encoder"], "benchmark": parse_benchmark(row["benchmark"]).title, "questions in": "all" if row["languages"] == "all" else ", ".join(row["languages"]),
+        "against": row["against"], "effect": f"{row['effect']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]", "bound": f"> {row['bound']:g}", "seeds": row["seeds"], "verdict": row["verdict"],
     } for row in rows])  # fmt: skip
-    return table.set_index(["claim", "encoder", "benchmark"])
+    shared = [name for name in ("encoder", "benchmark") if table[name].nunique() == 1]
+    order = table["claim"].drop_duplicates().tolist()
+    table = table.drop(columns=shared).sort_values("claim", key=lambda claims: claims.map(order.index), kind="stable")
+    return table.set_index(["claim", *[name for name in ("encoder", "benchmark") if name not in shared]])
 
 
 def verdict_grid(rows: list[dict], benchmarks: dict[str, str]) -> pd.DataFrame:
@@ -283,8 +284,8 @@ def verdict_grid(rows: list[dict], benchmarks: dict[str, str]) -> pd.DataFrame:
 
 
 def short_name(encoder: str, benchmark: str) -> str:
-    "Encoder and benchmark as a label: a long list of languages becomes their number."
-    return f"{encoder}, " + re.sub(r":\w+(\+\w+){3,}", lambda found: f" in {found[0].count('+') + 1} languages", benchmark)
+    "Encoder and benchmark as a label."
+    return f"{encoder} on {parse_benchmark(benchmark).title}"
 
 
 def claims_plot(rows: list[dict]) -> Figure:

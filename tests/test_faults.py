@@ -11,6 +11,7 @@ import pickle
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -132,6 +133,44 @@ def test_killed_at_random_moments(folder, tmp_path, fault_row):
     assert seen["resumed"] == seen["undisturbed"] and seen["kills"] == kills
     fault_row(RESUME, f"`kill -9` at {kills} random moments, resumed each time",
               f"final weights equal those of an undisturbed run, bit for bit; {len(set(seen['checkpoints']))} different checkpoints were resumed from, {seen['half']} kills fell into the writing of a file")  # fmt: skip
+
+
+# One run that kills itself before it encodes shard number argv[4] of its evaluations; 0: never. Each shard that is encoded leaves a line.
+SHARDS = """
+import json, os, signal, sys
+from pathlib import Path
+from hybrid_ir import experiment, index
+from hybrid_ir.experiment import RunConfig, run
+log, encode_shard = Path(sys.argv[3] + ".shards"), index.encode_shard
+
+def encode(encoder, folder, number, rows, kind, dtype):
+    lines = log.read_text().splitlines() if log.exists() else []
+    if len(lines) + 1 == int(sys.argv[4]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    encode_shard(encoder, folder, number, rows, kind, dtype)
+    log.write_text("\\n".join([*lines, f"{folder.name}/{number}"]))
+
+index.encode_shard, experiment.SHARD_ROWS = encode, 32
+result = run(RunConfig(encoder=sys.argv[1], **json.loads(sys.argv[2])), sys.argv[3], progress=False)
+print(json.dumps(result.after["sample"].summary().to_dict()))
+"""
+
+
+def test_killed_while_encoding_a_benchmark(folder, tmp_path, fault_row):
+    def attempt(place: str, stop_at: int = 0):
+        return subprocess.run([sys.executable, "-c", SHARDS, str(folder), json.dumps(SMALL), str(tmp_path / place), str(stop_at)], capture_output=True, text=True)
+
+    undisturbed = attempt("undisturbed")
+    shards = len((tmp_path / "undisturbed.shards").read_text().splitlines())
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    for stop_at in (shards // 4, shards - 1):  # before training, and after it
+        assert attempt("killed", stop_at).returncode == -signal.SIGKILL
+    finished = attempt("killed")
+    encoded = (tmp_path / "killed.shards").read_text().splitlines()
+    assert finished.stdout == undisturbed.stdout and len(encoded) == len(set(encoded)) == shards
+    assert not list((tmp_path / "cache" / "vectors").iterdir()), "shards stay after the scores are saved"
+    fault_row(RESUME, "`kill -9` while a benchmark is encoded, before and after training", f"none of {shards} shards is encoded twice; every score equals that of an undisturbed run, bit for bit")
+
 
 
 # -------------------------------------------------------------- two processes

@@ -20,6 +20,7 @@ from tqdm import tqdm  # noqa: E402
 from hybrid_ir.experiment import RunConfig, is_complete, run_folder, slug  # noqa: E402
 from hybrid_ir.sources import cache_dir  # noqa: E402
 from hybrid_ir.study import PLANS, choose_settings, chosen_settings, describe, report_benchmarks, study_runs  # noqa: E402
+from hybrid_ir.study_figures import short_name  # noqa: E402
 
 RUN_PARAMETERS = ("encoder", "train", "sampler", "alpha", "batch_size", "steps", "learning_rate", "temperature", "query_length", "passage_length", "unique_ids", "dropout", "validate_every", "seed", "device", "precision")
 
@@ -50,7 +51,7 @@ def render_reports(encoders: list[str]):
     for encoder in encoders:
         for benchmark in report_benchmarks(encoder):
             print(f"report: {encoder}, {benchmark}", flush=True)
-            execute("report.ipynb", Path("reports") / slug(encoder) / f"{slug(benchmark)}.ipynb", {"encoder": encoder, "benchmark": benchmark}, show=False, title=f"{encoder} on {benchmark}")
+            execute("report.ipynb", Path("reports") / slug(encoder) / f"{slug(benchmark)}.ipynb", {"encoder": encoder, "benchmark": benchmark}, show=False, title=short_name(encoder, benchmark))
     print("report: summary", flush=True)
     execute("summary.ipynb", Path("reports") / "summary.ipynb", {}, show=False)
 
