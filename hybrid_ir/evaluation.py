@@ -6,9 +6,9 @@
 __all__ = ['TASKS', 'POOL', 'SMALL_TABLE', 'call_encoder', 'embed', 'judgement_languages', 'choose_tasks', 'query_rows',
            'query_language_numbers', 'corpus_rows', 'answered_in_several', 'pool_rows', 'query_contributions',
            'by_query_table', 'cell_means', 'language_table', 'gap_rows', 'estimates', 'ScoreTables', 'shown_tables',
-           'html_table', 'markdown_table', 'plain', 'json_lines', 'significant', 'write_rows', 'Scores',
+           'html_table', 'markdown_table', 'Scores', 'plain', 'json_lines', 'significant', 'write_rows',
            'own_corpus_top', 'benchmark_info', 'score_embeddings', 'evaluate', 'query_values', 'check_comparable',
-           'seed_values', 'same_queries', 'compare', 'compare_gap']
+           'same_queries', 'seed_values', 'compare', 'compare_gap']
 
 # %% ../nbs/09_evaluation.ipynb #c6bb8c24
 import inspect
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 from tqdm import tqdm
 
 from . import metrics, retrieval
@@ -92,7 +93,7 @@ def judgement_languages(
         for slices, rows in ((benchmark.query_slices, benchmark.queries), (benchmark.passage_slices, benchmark.passages)))
     return query_numbers[benchmark.judgement_queries], passage_numbers[benchmark.judgement_passages]
 
-
+# %% ../nbs/09_evaluation.ipynb #291ff44a
 def choose_tasks(
     benchmark,  # a Benchmark
     tasks=None,  # one of "mono", "cross", "multi", or several; None: all that the benchmark has judgements for
@@ -128,13 +129,13 @@ def query_rows(
         "task": pd.Categorical.from_codes(tasks, list(TASKS)),
         **columns})
 
-# %% ../nbs/09_evaluation.ipynb #89737c62
+# %% ../nbs/09_evaluation.ipynb #f3360791
 def query_language_numbers(benchmark) -> np.ndarray:  # int [n_queries]
     "For each query the number of its language in `benchmark.languages`."
     numbers = np.array([list(benchmark.languages).index(language) for language in benchmark.query_slices])
     return numbers[retrieval.row_languages(benchmark.query_slices, len(benchmark.queries))]
 
-
+# %% ../nbs/09_evaluation.ipynb #89737c62
 def corpus_rows(
     benchmark,  # a Benchmark
     ranks: retrieval.Ranks,  # of the judgements in `chosen`
@@ -157,7 +158,7 @@ def answered_in_several(benchmark) -> np.ndarray:  # bool [n_queries]
     np.maximum.at(highest, queries, languages)
     return lowest < highest
 
-
+# %% ../nbs/09_evaluation.ipynb #6b2020d4
 def pool_rows(
     benchmark,  # a Benchmark
     ranks: retrieval.Ranks,  # of all judgements, with the top of the pool
@@ -189,7 +190,7 @@ def query_contributions(
     columns = {name: metrics.id_contributions(cross[name], ids, cells).astype(np.float32) for name in measures}
     return cross[~pd.Series(ids).duplicated().to_numpy()].assign(**columns)
 
-
+# %% ../nbs/09_evaluation.ipynb #ae348703
 def by_query_table(
     per_query: pd.DataFrame,  # columns query_id, query_language, passage_language, task, measures, signs of bias
     measures,  # names of the measures
@@ -211,7 +212,7 @@ def cell_means(
     means.insert(0, "n_queries", groups.size())
     return means.reset_index().astype({"task": str, "query_language": str, "passage_language": str})
 
-
+# %% ../nbs/09_evaluation.ipynb #b3dfa9b0
 def language_table(
     cells: pd.DataFrame,  # from `cell_means`
     measure: str,
@@ -234,7 +235,7 @@ def gap_rows(
     cells = both["query_language"].cat.codes.astype(int) * len(both["passage_language"].cat.categories) + both["passage_language"].cat.codes
     return pd.DataFrame({"query_id": both["query_id"], "cell": cells, "gap": both[f"{measure}_mono"] - both[f"{measure}_cross"]})
 
-
+# %% ../nbs/09_evaluation.ipynb #8120f7cb
 def estimates(
     per_query: pd.DataFrame,  # columns query_id, query_language, passage_language, task and measures
     measures,  # names of the measures; other columns are signs of language bias, measured in the pool
@@ -253,7 +254,7 @@ def estimates(
             rows.append(("gap", name, *metrics.bootstrap_interval(gaps["gap"].to_numpy(), gaps["query_id"].cat.codes, gaps["cell"], **options)))
     return pd.DataFrame(rows, columns=["task", "measure", "value", "low", "high"])
 
-# %% ../nbs/09_evaluation.ipynb #b3dfa9b0
+# %% ../nbs/09_evaluation.ipynb #6a88ce43
 @dataclass(eq=False)
 class ScoreTables:
     "The numbers of an evaluation, and the tables made from them."
@@ -277,38 +278,48 @@ class ScoreTables:
             self.saved_by_query = by_query_table(self.per_query, self.measures)
         return self.saved_by_query
 
-    def summary(self) -> pd.DataFrame:
-        "Task x measure: averages over queries, then over languages or ordered pairs of languages."
-        return self.cells.groupby("task")[self.measures].mean().reindex(self.info["tasks"])
+# %% ../nbs/09_evaluation.ipynb #3d992640
+@patch
+def summary(self: ScoreTables) -> pd.DataFrame:
+    "Task x measure: averages over queries, then over languages or ordered pairs of languages."
+    return self.cells.groupby("task")[self.measures].mean().reindex(self.info["tasks"])
 
-    def by_language(self, measure: str = "map") -> pd.DataFrame:
-        "Query language x passage language, and a column `multi`, of one measure."
-        choose("measure", measure, list(self.cells.columns[4:]))
-        return language_table(self.cells, measure, self.info["languages"])
 
-    def bias(self) -> pd.DataFrame:
-        "Signs of language bias for each query language, and their macro-average; raise `ValueError` without the task multi."
-        choose("task", "multi", self.info["tasks"])
-        columns = list(self.cells.columns[4 + len(self.measures) :])
-        table = self.cells[self.cells["task"] == "multi"].set_index("query_language")[columns]
-        table["expected_share"] = pd.Series(self.info["language_share"])
-        return pd.concat([table, table.mean().to_frame("macro").T]).rename_axis("query")
+@patch
+def by_language(self: ScoreTables, measure: str = "map") -> pd.DataFrame:
+    "Query language x passage language, and a column `multi`, of one measure."
+    choose("measure", measure, list(self.cells.columns[4:]))
+    return language_table(self.cells, measure, self.info["languages"])
 
-    def intervals(self) -> pd.DataFrame:
-        "Columns task, measure, value, low, high: 95% bootstrap intervals of all averages, of the bias (task multi) and of the gaps (task gap)."
-        if self.saved_estimates is None:
-            self.saved_estimates = estimates(self.per_query, self.measures)
-        return self.saved_estimates
+# %% ../nbs/09_evaluation.ipynb #c2dbb074
+@patch
+def bias(self: ScoreTables) -> pd.DataFrame:
+    "Signs of language bias for each query language, and their macro-average; raise `ValueError` without the task multi."
+    choose("task", "multi", self.info["tasks"])
+    columns = list(self.cells.columns[4 + len(self.measures) :])
+    table = self.cells[self.cells["task"] == "multi"].set_index("query_language")[columns]
+    table["expected_share"] = pd.Series(self.info["language_share"])
+    return pd.concat([table, table.mean().to_frame("macro").T]).rename_axis("query")
 
-    def gap(self, measure: str = "map") -> Estimate:
-        "Measure in the query's own language minus that in other languages, over the same queries, with its interval."
-        choose("measure", measure, self.measures)
-        table = self.intervals().query("task == 'gap' and measure == @measure")
-        if table.empty:
-            raise ValueError(f"the gap needs the tasks mono and cross; evaluated: {', '.join(self.info['tasks'])}")
-        return Estimate(*table.iloc[0][["value", "low", "high"]].astype(float))
+# %% ../nbs/09_evaluation.ipynb #82a6bda1
+@patch
+def intervals(self: ScoreTables) -> pd.DataFrame:
+    "Columns task, measure, value, low, high: 95% bootstrap intervals of all averages, of the bias (task multi) and of the gaps (task gap)."
+    if self.saved_estimates is None:
+        self.saved_estimates = estimates(self.per_query, self.measures)
+    return self.saved_estimates
 
-# %% ../nbs/09_evaluation.ipynb #8b05dc36
+
+@patch
+def gap(self: ScoreTables, measure: str = "map") -> Estimate:
+    "Measure in the query's own language minus that in other languages, over the same queries, with its interval."
+    choose("measure", measure, self.measures)
+    table = self.intervals().query("task == 'gap' and measure == @measure")
+    if table.empty:
+        raise ValueError(f"the gap needs the tasks mono and cross; evaluated: {', '.join(self.info['tasks'])}")
+    return Estimate(*table.iloc[0][["value", "low", "high"]].astype(float))
+
+# %% ../nbs/09_evaluation.ipynb #7f787235
 def shown_tables(
     scores: ScoreTables,
 ) -> list[tuple[str, pd.DataFrame]]:  # (caption, table of strings)
@@ -331,7 +342,7 @@ def shown_tables(
         tables.append((f"Language bias in the pool, by query language{bounds}", shown))
     return tables
 
-
+# %% ../nbs/09_evaluation.ipynb #d7520a06
 def html_table(caption: str, table: pd.DataFrame) -> str:
     "A caption and a table as HTML."
     return f"<p>{escape(caption)}</p>\n{table.to_html()}"
@@ -343,7 +354,28 @@ def markdown_table(caption: str, table: pd.DataFrame) -> str:
     lines = [f"| {index} | " + " | ".join(map(str, row)) + " |" for index, row in zip(table.index, table.to_numpy())]
     return "\n".join([caption, "", head, "| --- " * (len(table.columns) + 1) + "|", *lines, ""])
 
-# %% ../nbs/09_evaluation.ipynb #4e75345f
+# %% ../nbs/09_evaluation.ipynb #478787d2
+class Scores(ScoreTables):
+    "The result of `evaluate`: shows itself, answers with tables, can be saved and loaded."
+
+    def __repr__(self):
+        return f"Scores({self.info['benchmark']}, {len(self.info['languages'])} languages)\n{self.summary().round(3)}"
+
+    def _repr_html_(self):
+        return "\n".join(html_table(*shown) for shown in shown_tables(self))
+
+    def _repr_markdown_(self):
+        return "\n".join(markdown_table(*shown) for shown in shown_tables(self))
+
+# %% ../nbs/09_evaluation.ipynb #dfec0a3e
+@patch
+def run(self: Scores, k: int | None = None, task: str = "multi") -> pd.DataFrame:
+    "TREC run (query_id, doc_id, score, rank) of the pool (`multi`) or of the query's own corpus (`mono`): the first `k` of what `evaluate(k=...)` kept."
+    choose("task with a run", task, self.runs)
+    names = (retrieval.trec_names(list(table["lang"]), list(table["id"])) for table in (self.benchmark.queries, self.benchmark.passages))
+    return retrieval.trec_run(*names, *(table[:, :k] for table in self.runs[task]))
+
+# %% ../nbs/09_evaluation.ipynb #e8b42f70
 def plain(
     value,  # a number, or nested dicts and lists of numbers and strings
 ):  # the same with Python's own types, NaN replaced by None
@@ -355,7 +387,7 @@ def plain(
     value = value.item() if isinstance(value, np.generic) else value
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
-
+# %% ../nbs/09_evaluation.ipynb #f5c6f83f
 def json_lines(
     value: dict,  # fit for JSON
 ) -> str:
@@ -365,10 +397,30 @@ def json_lines(
     texts = [f" {json.dumps(key)}: " + (text if isinstance(text, str) else "{\n" + ",\n".join(text) + "\n }") for key, text in entries.items()]
     return "{\n" + ",\n".join(texts) + "\n}\n"
 
-# %% ../nbs/09_evaluation.ipynb #2ba833d9
-SMALL_TABLE = 5_000  # rows up to which `Scores.save` keeps every measure of each query
+# %% ../nbs/09_evaluation.ipynb #1d6158d4
+@patch
+def to_dict(self: Scores) -> dict:
+    "Everything but the tables by query and the runs, fit for JSON; means of cells are rounded to 5 decimals."
+    tables = {}
+    for row in self.intervals().itertuples(index=False):
+        tables.setdefault(row.task, {})[row.measure] = {"value": row.value, "low": row.low, "high": row.high}
+    cells = {name: column.round(5).tolist() if column.dtype == float else column.tolist() for name, column in self.cells.items()}
+    return plain({"format": 1, **self.info, "averages": tables, "cells": cells})
 
 
+@patch(cls_method=True)
+def from_dict(cls: Scores, saved: dict, by_query: pd.DataFrame | None = None) -> "Scores":
+    "The reverse of `to_dict`."
+    if saved.get("format") != 1:
+        raise ValueError(f"unknown format of metrics {saved.get('format')!r}; valid: 1")
+    averages = [(task, name, *bounds.values()) for task, table in saved["averages"].items() for name, bounds in table.items()]
+    table = pd.DataFrame(averages, columns=["task", "measure", "value", "low", "high"]).astype(dict.fromkeys(["value", "low", "high"], float))
+    cells = pd.DataFrame(saved["cells"])
+    cells = cells.astype(dict.fromkeys(cells.columns[4:], float))
+    info = {key: value for key, value in saved.items() if key not in ("format", "averages", "cells")}
+    return cls(info, cells, saved_estimates=table, saved_by_query=by_query)
+
+# %% ../nbs/09_evaluation.ipynb #a1344d69
 def significant(
     values,  # float [n]
     digits: int = 3,
@@ -378,7 +430,7 @@ def significant(
     step = np.maximum(10.0 ** (np.floor(np.log10(np.maximum(np.abs(values), 0.001))) - digits + 1), 0.001)
     return (np.round(values / step) * step).astype(np.float32)
 
-
+# %% ../nbs/09_evaluation.ipynb #b7ea72a5
 def write_rows(
     path,  # Parquet file to write
     by_query: pd.DataFrame,  # columns query_id, query_language, task and numbers
@@ -388,71 +440,38 @@ def write_rows(
     numbers = {name: significant(by_query[name], 3 if name in measures else 2) for name in by_query.columns[3:]}
     by_query.assign(**numbers).sort_values(["task", "query_id", "query_language"]).to_parquet(path, compression="zstd", compression_level=19, index=False)
 
-# %% ../nbs/09_evaluation.ipynb #185ea8ae
-class Scores(ScoreTables):
-    "The result of `evaluate`: shows itself, answers with tables, can be saved and loaded."
+# %% ../nbs/09_evaluation.ipynb #2ba833d9
+SMALL_TABLE = 5_000  # rows up to which `Scores.save` keeps every measure of each query
 
-    def run(self, k: int | None = None, task: str = "multi") -> pd.DataFrame:
-        "TREC run (query_id, doc_id, score, rank) of the pool (`multi`) or of the query's own corpus (`mono`): the first `k` of what `evaluate(k=...)` kept."
-        choose("task with a run", task, self.runs)
-        names = (retrieval.trec_names(list(table["lang"]), list(table["id"])) for table in (self.benchmark.queries, self.benchmark.passages))
-        return retrieval.trec_run(*names, *(table[:, :k] for table in self.runs[task]))
 
-    def to_dict(self) -> dict:
-        "Everything but the tables by query and the runs, fit for JSON; means of cells are rounded to 5 decimals."
-        tables = {}
-        for row in self.intervals().itertuples(index=False):
-            tables.setdefault(row.task, {})[row.measure] = {"value": row.value, "low": row.low, "high": row.high}
-        cells = {name: column.round(5).tolist() if column.dtype == float else column.tolist() for name, column in self.cells.items()}
-        return plain({"format": 1, **self.info, "averages": tables, "cells": cells})
+@patch
+def save(
+    self: Scores,
+    folder,  # made if missing
+    keep=None,  # measures to keep of each query; None: all of a table with at most `SMALL_TABLE` rows, the first of a larger one
+) -> Path:
+    "Write metrics.json and, with the rounded rows of `by_query` without the worst rank, per_query.parquet into `folder`."
+    folder, table = Path(folder), self.by_query
+    folder.mkdir(parents=True, exist_ok=True)
+    if table is not None:
+        there = [name for name in self.measures if name in table]
+        keep = choose_all("measure", (there if len(table) <= SMALL_TABLE else there[:1]) if keep is None else keep, there)
+        rows = table.drop(columns=[name for name in [*there, "worst_rank"] if name in table and name not in keep])
+        with whole_file(folder / "per_query.parquet") as path:
+            write_rows(path, rows, keep)
+    with whole_file(folder / "metrics.json") as path:
+        path.write_text(json_lines(self.to_dict()))
+    return folder
 
-    @classmethod
-    def from_dict(cls, saved: dict, by_query: pd.DataFrame | None = None) -> "Scores":
-        "The reverse of `to_dict`."
-        if saved.get("format") != 1:
-            raise ValueError(f"unknown format of metrics {saved.get('format')!r}; valid: 1")
-        averages = [(task, name, *bounds.values()) for task, table in saved["averages"].items() for name, bounds in table.items()]
-        table = pd.DataFrame(averages, columns=["task", "measure", "value", "low", "high"]).astype(dict.fromkeys(["value", "low", "high"], float))
-        cells = pd.DataFrame(saved["cells"])
-        cells = cells.astype(dict.fromkeys(cells.columns[4:], float))
-        info = {key: value for key, value in saved.items() if key not in ("format", "averages", "cells")}
-        return cls(info, cells, saved_estimates=table, saved_by_query=by_query)
-
-    def save(
-        self,
-        folder,  # made if missing
-        keep=None,  # measures to keep of each query; None: all of a table with at most `SMALL_TABLE` rows, the first of a larger one
-    ) -> Path:
-        "Write metrics.json and, with the rounded rows of `by_query` without the worst rank, per_query.parquet into `folder`."
-        folder, table = Path(folder), self.by_query
-        folder.mkdir(parents=True, exist_ok=True)
-        if table is not None:
-            there = [name for name in self.measures if name in table]
-            keep = choose_all("measure", (there if len(table) <= SMALL_TABLE else there[:1]) if keep is None else keep, there)
-            rows = table.drop(columns=[name for name in [*there, "worst_rank"] if name in table and name not in keep])
-            with whole_file(folder / "per_query.parquet") as path:
-                write_rows(path, rows, keep)
-        with whole_file(folder / "metrics.json") as path:
-            path.write_text(json_lines(self.to_dict()))
-        return folder
-
-    @classmethod
-    def load(cls, folder) -> "Scores":
-        "Read what `save` wrote: `by_query` with the measures that were kept, no `per_query`."
-        saved, table = json.loads(Path(folder, "metrics.json").read_text()), Path(folder, "per_query.parquet")
-        if not table.exists():
-            return cls.from_dict(saved)
-        rows = pd.read_parquet(table).astype({"query_language": pd.CategoricalDtype(saved["languages"]), "task": pd.CategoricalDtype(TASKS)})
-        return cls.from_dict(saved, rows.sort_values(["task", "query_language", "query_id"], ignore_index=True))
-
-    def __repr__(self):
-        return f"Scores({self.info['benchmark']}, {len(self.info['languages'])} languages)\n{self.summary().round(3)}"
-
-    def _repr_html_(self):
-        return "\n".join(html_table(*shown) for shown in shown_tables(self))
-
-    def _repr_markdown_(self):
-        return "\n".join(markdown_table(*shown) for shown in shown_tables(self))
+# %% ../nbs/09_evaluation.ipynb #a01603e1
+@patch(cls_method=True)
+def load(cls: Scores, folder) -> "Scores":
+    "Read what `save` wrote: `by_query` with the measures that were kept, no `per_query`."
+    saved, table = json.loads(Path(folder, "metrics.json").read_text()), Path(folder, "per_query.parquet")
+    if not table.exists():
+        return cls.from_dict(saved)
+    rows = pd.read_parquet(table).astype({"query_language": pd.CategoricalDtype(saved["languages"]), "task": pd.CategoricalDtype(TASKS)})
+    return cls.from_dict(saved, rows.sort_values(["task", "query_language", "query_id"], ignore_index=True))
 
 # %% ../nbs/09_evaluation.ipynb #570f9706
 def own_corpus_top(
@@ -471,7 +490,7 @@ def own_corpus_top(
             rows[queries, : top.shape[1]], scores[queries, : top.shape[1]] = top + passages.start, top_scores
     return rows, scores
 
-
+# %% ../nbs/09_evaluation.ipynb #6c5088ec
 def benchmark_info(benchmark, tasks, measures) -> dict:
     "What was evaluated: names, sizes, the language shares of the pool, and the rank distances of a perfect and of a random ranking."
     sizes = {language: benchmark.passage_slices.get(language, slice(0, 0)) for language in benchmark.languages}
@@ -574,7 +593,18 @@ def check_comparable(
         if one != other:
             raise ValueError(f"cannot compare: {name} differs, {one} and {other}")
 
+# %% ../nbs/09_evaluation.ipynb #782703e0
+def same_queries(
+    first: pd.Series,  # index (query_language, query_id)
+    second: pd.Series,  # index (query_language, query_id)
+) -> pd.Series:  # `second` in the order of `first`
+    "Put values in the same order; raise `ValueError` with an example if the queries differ."
+    only = first.index.symmetric_difference(second.index)
+    if len(only):
+        raise ValueError(f"cannot compare: {len(only)} queries have a value in one system only, for instance {only[0][1]} in {only[0][0]}")
+    return second.reindex(first.index)
 
+# %% ../nbs/09_evaluation.ipynb #e62e6b85
 def seed_values(
     seeds,  # Scores, or several of one method, one per seed
     measure: str,
@@ -586,17 +616,6 @@ def seed_values(
         raise ValueError("nothing to compare: an empty list of scores")
     columns = [query_values(scores, measure, task) for scores in seeds]
     return pd.concat([same_queries(columns[0], column) for column in columns], axis=1).mean(axis=1)
-
-
-def same_queries(
-    first: pd.Series,  # index (query_language, query_id)
-    second: pd.Series,  # index (query_language, query_id)
-) -> pd.Series:  # `second` in the order of `first`
-    "Put values in the same order; raise `ValueError` with an example if the queries differ."
-    only = first.index.symmetric_difference(second.index)
-    if len(only):
-        raise ValueError(f"cannot compare: {len(only)} queries have a value in one system only, for instance {only[0][1]} in {only[0][0]}")
-    return second.reindex(first.index)
 
 # %% ../nbs/09_evaluation.ipynb #abb2307d
 def compare(
@@ -624,7 +643,7 @@ def compare(
     result.insert(6, "p_holm", [np.nan, *metrics.holm(result["p"].iloc[1:])])
     return result
 
-
+# %% ../nbs/09_evaluation.ipynb #13b5e26e
 def compare_gap(
     first,  # Scores, or a list of them: one per seed
     second,  # Scores, or a list of them: one per seed
