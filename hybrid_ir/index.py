@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['MANIFEST', 'COLUMNS', 'DTYPES', 'PART_MEMORY', 'LISTS', 'PARAMETERS', 'encoder_identity', 'refuse_difference',
-           'DamagedShard', 'shard_path', 'texts_hash', 'write_shard', 'read_shard_entry', 'as_rows', 'corpus_shards',
-           'shard_is_done', 'claim_vectors', 'finish_vectors', 'encode_corpus', 'encode_shard', 'Vectors',
-           'best_of_keys', 'best_first', 'check_queries', 'make_index', 'inverted_lists', 'training_needs',
-           'without_native_messages', 'write_index', 'add_shards', 'build_parts', 'merge_parts', 'index_folder',
-           'build_index', 'claim_index', 'timed', 'train_index', 'fill_index', 'open_mapped', 'FaissIndex', 'recall_at',
+           'shard_path', 'texts_hash', 'write_shard', 'DamagedShard', 'read_shard_entry', 'as_rows', 'corpus_shards',
+           'shard_is_done', 'claim_vectors', 'finish_vectors', 'encode_shard', 'encode_corpus', 'Vectors',
+           'best_of_keys', 'best_first', 'check_queries', 'inverted_lists', 'make_index', 'training_needs',
+           'add_shards', 'write_index', 'build_parts', 'without_native_messages', 'merge_parts', 'index_folder',
+           'claim_index', 'timed', 'train_index', 'fill_index', 'build_index', 'open_mapped', 'FaissIndex', 'recall_at',
            'recall_table', 'Searcher']
 
 # %% ../nbs/17_corpus_index.ipynb #74dd2f06
@@ -52,7 +52,7 @@ def encoder_identity(
     config = encoder.config
     return {"weights": weights_hash(encoder), "pooling": config.pooling, "kind": kind, "prefix": config.prefix(kind), "length": config.length(kind), "dim": encoder.dim}
 
-
+# %% ../nbs/17_corpus_index.ipynb #f26fcf50
 def refuse_difference(
     folder: Path,
     found: dict,  # what the folder says
@@ -69,10 +69,6 @@ COLUMNS = ("id", "lang", "text")
 DTYPES = ("float16", "float32")
 
 
-class DamagedShard(OSError):
-    "A shard is missing, or its files are not what was written."
-
-
 def shard_path(folder, number: int, suffix: str) -> Path:
     return Path(folder) / f"{number:05d}.{suffix}"
 
@@ -81,7 +77,7 @@ def texts_hash(rows: dict) -> str:
     "Hash of ids, languages and texts: 64 hexadecimal digits."
     return hashlib.sha256(json.dumps([rows[column] for column in COLUMNS], ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()
 
-
+# %% ../nbs/17_corpus_index.ipynb #3682d407
 def write_shard(
     folder,
     number: int,  # 0 for the first
@@ -100,6 +96,10 @@ def write_shard(
     return entry
 
 # %% ../nbs/17_corpus_index.ipynb #370cd35c
+class DamagedShard(OSError):
+    "A shard is missing, or its files are not what was written."
+
+
 def read_shard_entry(
     folder,
     number: int,
@@ -119,7 +119,7 @@ def read_shard_entry(
             raise DamagedShard(f"{file} is not what was written (another SHA-256); encode_corpus makes the shard again")
     return entry
 
-# %% ../nbs/17_corpus_index.ipynb #b909301f
+# %% ../nbs/17_corpus_index.ipynb #6da1e166
 def as_rows(
     part,  # list of strings or rows, or a dict of columns
     start: int,  # number of the first row
@@ -137,7 +137,7 @@ def as_rows(
     ids = [str(name) for name in part.get("id", range(start, start + n))]
     return {"id": ids, "lang": [str(lang) for lang in part.get("lang", [""] * n)], "text": texts}
 
-
+# %% ../nbs/17_corpus_index.ipynb #b909301f
 def corpus_shards(
     corpus,  # list, data frame, `datasets.Dataset` or iterable
     size: int,  # rows per shard
@@ -173,7 +173,7 @@ def shard_is_done(
         raise ValueError(f"{folder} belongs to another corpus: shard {number} has other texts than rows {number * len(rows['text']):,} ff. now; use another folder, or remove it")
     return entry is not None
 
-
+# %% ../nbs/17_corpus_index.ipynb #daf8e4eb
 def claim_vectors(
     folder: Path,
     identity: dict,  # what decides the vectors
@@ -213,6 +213,15 @@ def finish_vectors(
     return manifest | done
 
 # %% ../nbs/17_corpus_index.ipynb #3b86fd21
+def encode_shard(encoder: Encoder, folder: Path, number: int, rows: dict, kind: str, dtype: str):
+    "Encode the rows of one shard and write it; errors name the shard."
+    try:
+        texts = check_texts(rows["text"], kind)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"shard {number}, rows counted from its first: {error}") from None
+    write_shard(folder, number, encoder.encode(texts, kind, progress=False).astype(dtype), rows)
+
+# %% ../nbs/17_corpus_index.ipynb #ef2c3012
 def encode_corpus(
     encoder: Encoder,
     corpus,  # strings or rows with `text` (and `id`, `lang`): list, data frame, `datasets.Dataset` or any iterable
@@ -244,15 +253,6 @@ def encode_corpus(
         if state.is_main_process:
             finish_vectors(folder)
     return Vectors(folder)
-
-
-def encode_shard(encoder: Encoder, folder: Path, number: int, rows: dict, kind: str, dtype: str):
-    "Encode the rows of one shard and write it; errors name the shard."
-    try:
-        texts = check_texts(rows["text"], kind)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"shard {number}, rows counted from its first: {error}") from None
-    write_shard(folder, number, encoder.encode(texts, kind, progress=False).astype(dtype), rows)
 
 # %% ../nbs/17_corpus_index.ipynb #fa4a8f77
 class Vectors:
@@ -304,7 +304,7 @@ def blocks(
         for start in range(0, len(shard), rows):
             yield number * self.shard_size + start, np.array(shard[start : start + rows], dtype=np.float32)
 
-
+# %% ../nbs/17_corpus_index.ipynb #8185bb58
 @patch
 def take(
     self: Vectors,
@@ -329,7 +329,7 @@ def sample(
     chosen = np.random.default_rng(seed).choice(len(self), min(n, len(self)), replace=False)
     return self.take(np.sort(chosen))
 
-# %% ../nbs/17_corpus_index.ipynb #8185bb58
+# %% ../nbs/17_corpus_index.ipynb #1b8558f9
 def best_of_keys(
     scores: torch.Tensor,  # float32 [n_queries, n_passages], on any device
     k: int,  # at most n_passages
@@ -341,7 +341,7 @@ def best_of_keys(
     rows = scores.shape[1] - 1 - (keys.topk(k).values & (2**32 - 1))
     return rows.cpu().numpy(), scores.gather(1, rows).cpu().numpy()
 
-
+# %% ../nbs/17_corpus_index.ipynb #804f3171
 def best_first(
     rows: np.ndarray,  # int [n_queries, n]
     scores: np.ndarray,  # float32 [n_queries, n]
@@ -351,7 +351,17 @@ def best_first(
     order = np.lexsort((rows, -scores))[:, :k]
     return np.take_along_axis(rows, order, 1).astype(np.int64), np.take_along_axis(scores, order, 1)
 
+# %% ../nbs/17_corpus_index.ipynb #af1d6a11
+def check_queries(queries, dim: int, k: int) -> torch.Tensor:
+    "The queries as a float32 matrix; raises `ValueError` for another width, or a `k` below 1."
+    queries = as_matrix(queries, "query embeddings")
+    if queries.shape[1] != dim:
+        raise ValueError(f"query embeddings have {queries.shape[1]} dimensions, the vectors {dim}")
+    if not isinstance(k, (int, np.integer)) or k < 1:
+        raise ValueError(f"k must be a whole number of at least 1, got {k!r}")
+    return queries
 
+# %% ../nbs/17_corpus_index.ipynb #f53a5a9a
 @patch
 def search(
     self: Vectors,
@@ -373,16 +383,13 @@ def search(
 
 
 
-def check_queries(queries, dim: int, k: int) -> torch.Tensor:
-    "The queries as a float32 matrix; raises `ValueError` for another width, or a `k` below 1."
-    queries = as_matrix(queries, "query embeddings")
-    if queries.shape[1] != dim:
-        raise ValueError(f"query embeddings have {queries.shape[1]} dimensions, the vectors {dim}")
-    if not isinstance(k, (int, np.integer)) or k < 1:
-        raise ValueError(f"k must be a whole number of at least 1, got {k!r}")
-    return queries
-
 # %% ../nbs/17_corpus_index.ipynb #f4205157
+def inverted_lists(index: faiss.Index):
+    "The part of an index that has inverted lists, or None."
+    ivf = faiss.try_extract_index_ivf(index)
+    return ivf and faiss.downcast_index(ivf)
+
+# %% ../nbs/17_corpus_index.ipynb #a2855bb3
 def make_index(
     factory: str,  # as `faiss.index_factory` reads it
     dim: int,
@@ -401,42 +408,14 @@ def make_index(
         ivf.do_polysemous_training = False
     return index
 
-
-def inverted_lists(index: faiss.Index):
-    "The part of an index that has inverted lists, or None."
-    ivf = faiss.try_extract_index_ivf(index)
-    return ivf and faiss.downcast_index(ivf)
-
-
+# %% ../nbs/17_corpus_index.ipynb #b4cf4cd9
 def training_needs(index: faiss.Index) -> int:
     "The smallest number of vectors that the index can be trained on; 0 if it needs no training."
     ivf = inverted_lists(index)
     inner = ivf or faiss.downcast_index(index.index if isinstance(index, faiss.IndexPreTransform) else index)
     return 0 if index.is_trained else max(ivf.nlist if ivf else 1, inner.pq.ksub if hasattr(inner, "pq") else 1)
 
-# %% ../nbs/17_corpus_index.ipynb #b4cf4cd9
-PART_MEMORY = 512 * 2**20  # bytes
-LISTS = "lists.ivfdata"
-
-
-@contextmanager
-def without_native_messages():
-    "Without what compiled code prints: FAISS reports each file that it resizes."
-    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept), os.close(nowhere)
-
-
-def write_index(index: faiss.Index, path):
-    "Write a FAISS index; whole or not at all."
-    with whole_file(path) as temporary:
-        faiss.write_index(index, str(temporary))
-
-
+# %% ../nbs/17_corpus_index.ipynb #5d68b083
 def add_shards(index: faiss.Index, vectors: Vectors, shards, rows: int = 16_384) -> faiss.Index:
     "Add the vectors of some shards; where the index has lists, under their row numbers."
     for start, block in vectors.blocks(rows, shards):
@@ -445,6 +424,15 @@ def add_shards(index: faiss.Index, vectors: Vectors, shards, rows: int = 16_384)
         else:
             index.add(block)
     return index
+
+# %% ../nbs/17_corpus_index.ipynb #a2ba4a2f
+PART_MEMORY = 512 * 2**20  # bytes for the lists of one part
+
+
+def write_index(index: faiss.Index, path):
+    "Write a FAISS index; whole or not at all."
+    with whole_file(path) as temporary:
+        faiss.write_index(index, str(temporary))
 
 
 def build_parts(
@@ -462,6 +450,21 @@ def build_parts(
             write_index(add_shards(faiss.read_index(str(folder / "trained.faiss")), vectors, mine), path)
     return list(parts)
 
+# %% ../nbs/17_corpus_index.ipynb #ea266f61
+LISTS = "lists.ivfdata"
+
+
+@contextmanager
+def without_native_messages():
+    "Without what compiled code prints: FAISS reports each file that it resizes."
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept), os.close(nowhere)
+
 
 def merge_parts(folder: Path, parts: list[Path]):
     "Merge the lists of all parts into one file on disk, and write the index that maps it."
@@ -476,31 +479,6 @@ def merge_parts(folder: Path, parts: list[Path]):
 def index_folder(vectors: Vectors, factory: str) -> Path:
     "Where an index of these vectors lies."
     return vectors.folder / "indexes" / re.sub(r"[^\w]+", "-", factory)
-
-
-def build_index(
-    vectors: Vectors,
-    factory: str,  # as `faiss.index_factory` reads it, for example "IVF4096,PQ48"
-    training_rows: int | None = None,  # vectors to train on; None: 50 for each list, at least 50,000
-    seed: int = 0,  # of the choice of training vectors
-    memory: int = PART_MEMORY,  # bytes for one part of an index with inverted lists
-    progress: bool = True,  # show progress bars
-) -> "FaissIndex":
-    "Build a FAISS index on disk, or open it if it is complete. Started again after a stop, it goes on."
-    index = make_index(factory, vectors.dim)
-    ivf, needs = inverted_lists(index), training_needs(index)
-    training_rows = min(len(vectors), training_rows or max(50_000, 50 * (ivf.nlist if ivf else 0)))
-    if training_rows < needs:
-        raise ValueError(f"{factory} must be trained on at least {needs:,} vectors, not {training_rows:,} (there are {len(vectors):,})")
-    folder = index_folder(vectors, factory)
-    identity = {"factory": factory, "training_rows": training_rows if needs else 0, "seed": seed, "vectors": vectors.manifest}
-    manifest = claim_index(folder, identity)
-    if "seconds" not in manifest:
-        vectors.check(checksums=True, progress=progress)
-        seconds = {"training": timed(train_index, folder, index, vectors, identity["training_rows"], seed)}
-        seconds["adding"] = timed(fill_index, folder, index, vectors, memory, progress)
-        write_json(folder / MANIFEST, manifest | {"seconds": seconds, "faiss": faiss.__version__})
-    return FaissIndex(folder)
 
 
 def claim_index(folder: Path, identity: dict) -> dict:
@@ -530,7 +508,7 @@ def train_index(folder: Path, index: faiss.Index, vectors: Vectors, rows: int, s
             index.train(vectors.sample(rows, seed))
         write_index(index, folder / "trained.faiss")
 
-
+# %% ../nbs/17_corpus_index.ipynb #23d02873
 def fill_index(folder: Path, index: faiss.Index, vectors: Vectors, memory: int, progress: bool):
     "Write `index.faiss` with all vectors, and remove what was needed on the way."
     if inverted_lists(index):
@@ -541,6 +519,31 @@ def fill_index(folder: Path, index: faiss.Index, vectors: Vectors, memory: int, 
         write_index(add_shards(faiss.read_index(str(folder / "trained.faiss")), vectors, shards), folder / "index.faiss")
     for path in [*folder.glob("part-*.faiss"), folder / "trained.faiss"]:
         path.unlink()
+
+# %% ../nbs/17_corpus_index.ipynb #3454ef2f
+def build_index(
+    vectors: Vectors,
+    factory: str,  # as `faiss.index_factory` reads it, for example "IVF4096,PQ48"
+    training_rows: int | None = None,  # vectors to train on; None: 50 for each list, at least 50,000
+    seed: int = 0,  # of the choice of training vectors
+    memory: int = PART_MEMORY,  # bytes for one part of an index with inverted lists
+    progress: bool = True,  # show progress bars
+) -> "FaissIndex":
+    "Build a FAISS index on disk, or open it if it is complete. Started again after a stop, it goes on."
+    index = make_index(factory, vectors.dim)
+    ivf, needs = inverted_lists(index), training_needs(index)
+    training_rows = min(len(vectors), training_rows or max(50_000, 50 * (ivf.nlist if ivf else 0)))
+    if training_rows < needs:
+        raise ValueError(f"{factory} must be trained on at least {needs:,} vectors, not {training_rows:,} (there are {len(vectors):,})")
+    folder = index_folder(vectors, factory)
+    identity = {"factory": factory, "training_rows": training_rows if needs else 0, "seed": seed, "vectors": vectors.manifest}
+    manifest = claim_index(folder, identity)
+    if "seconds" not in manifest:
+        vectors.check(checksums=True, progress=progress)
+        seconds = {"training": timed(train_index, folder, index, vectors, identity["training_rows"], seed)}
+        seconds["adding"] = timed(fill_index, folder, index, vectors, memory, progress)
+        write_json(folder / MANIFEST, manifest | {"seconds": seconds, "faiss": faiss.__version__})
+    return FaissIndex(folder)
 
 # %% ../nbs/17_corpus_index.ipynb #418aa219
 def open_mapped(
@@ -627,7 +630,7 @@ def recall_at(
         raise ValueError(f"recall at {k} needs {k} exact rows for each query found: got {exact.shape} exact and {found.shape} found")
     return float(np.mean([np.isin(ours, best).sum() / k for ours, best in zip(found, exact)]))
 
-
+# %% ../nbs/17_corpus_index.ipynb #1a367d4c
 def recall_table(
     index: FaissIndex,
     queries,  # float [n_queries, dim]
