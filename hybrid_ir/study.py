@@ -286,7 +286,7 @@ def judge(claim: Claim, comparison: Comparison, languages: tuple[str, ...] | Non
     value, low, high = effect_of(claim, row)
     return {
         "claim": claim.key, "text": claim.text, "encoder": comparison.encoder, "benchmark": comparison.benchmark, "languages": list(languages) if languages else "all",
-        "against": against, "hybrid": row["first"], "other": row["second"], "effect": value, "low": low, "high": high, "p": row["p"], "bound": claim.bound,
+        "against": against, "hybrid": row["first"], "other": row["second"], "unit": "share of the rank distance" if claim.kind == "reduction" else "mAP", "effect": value, "low": low, "high": high, "p": row["p"], "bound": claim.bound,
         "verdict": verdict(low, high, claim.bound), "seeds": len(chosen["hybrid"]), "runs": comparison.folders("hybrid", against),
     }  # fmt: skip
 

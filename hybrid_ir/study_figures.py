@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import blended_transform_factory
 
 from .evaluation import Scores, compare, seed_values
 from .experiment import Run, code_hash, parse_benchmark
@@ -263,15 +264,13 @@ VERDICT_COLOURS = {"reproduced": "#2a7f3f", "not reproduced": "#b03a2e", "not de
 
 
 def claims_table(rows: list[dict]) -> pd.DataFrame:
-    "Claims with verdict, effect and interval, from `study.judge_all`; claim by claim, and without the encoder or benchmark where there is only one."
+    "Claims with verdict, effect and interval, from `study.judge_all`. What all rows share (claim, encoder, benchmark, bound) is left out."
     table = pd.DataFrame([{
         "claim": row["text"], "encoder": row["encoder"], "benchmark": parse_benchmark(row["benchmark"]).title, "questions in": "all" if row["languages"] == "all" else ", ".join(row["languages"]),
-        "against": row["against"], "effect": f"{row['effect']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]", "bound": f"> {row['bound']:g}", "seeds": row["seeds"], "verdict": row["verdict"],
+        "against": row["against"], "effect": f"{row['effect']:+.3f}\u00a0[{row['low']:+.3f},\u00a0{row['high']:+.3f}]".replace("-", "\u2212"), "bound": f"{row['bound']:g}", "seeds": row["seeds"], "verdict": row["verdict"],
     } for row in rows])  # fmt: skip
-    shared = [name for name in ("encoder", "benchmark") if table[name].nunique() == 1]
-    order = table["claim"].drop_duplicates().tolist()
-    table = table.drop(columns=shared).sort_values("claim", key=lambda claims: claims.map(order.index), kind="stable")
-    return table.set_index(["claim", *[name for name in ("encoder", "benchmark") if name not in shared]])
+    table = table.drop(columns=[name for name in ("claim", "encoder", "benchmark", "bound") if len(rows) > 1 and table[name].nunique() == 1])
+    return table.set_index([name for name in ("claim", "encoder", "benchmark") if name in table])
 
 
 def verdict_grid(rows: list[dict], benchmarks: dict[str, str]) -> pd.DataFrame:
@@ -289,28 +288,32 @@ def short_name(encoder: str, benchmark: str) -> str:
 
 
 def claims_plot(rows: list[dict]) -> Figure:
-    "Every effect with its interval, its bound as a tick, and its verdict as a colour; one panel a claim."
+    "Every effect with its interval, and its verdict as a colour; one panel a claim, with its bound as a line."
     claims = {}
     for row in rows:
         claims.setdefault(row["text"] + ("" if row["languages"] == "all" else ", questions in unseen languages"), []).append(row)
-    figure, axes = new_figure(9, 0.8 + 0.55 * len(claims) + 0.24 * len(rows), 1)
-    place, ticks = 0.0, []
-    for text, part in claims.items():
-        axes.text(0, place, text, fontsize=8.5, fontweight="bold", transform=axes.get_yaxis_transform(), ha="left", va="center")
-        for row in part:
-            place += 1
-            axes.hlines(place, row["low"], row["high"], color=VERDICT_COLOURS[row["verdict"]], linewidth=2)
-            axes.plot(row["effect"], place, "o", color=VERDICT_COLOURS[row["verdict"]], markersize=4)
-            axes.plot(row["bound"], place, "|", color="black", markersize=9)
-            ticks.append((place, short_name(row["encoder"], row["benchmark"])))
-        place += 1.8
-    axes.axvline(0, color="0.7", linewidth=0.8)
-    axes.set_yticks([tick for tick, _ in ticks], [name for _, name in ticks], fontsize=7.5)
-    axes.set_ylim(place - 1, -1)
-    axes.set_xlabel("effect (mAP, or share of the rank distance); tick: bound", fontsize=8)
-    axes.grid(axis="y", visible=False)
+    sizes = [len(part) + 2.4 for part in claims.values()]
+    figure, axes = new_figure(8, 0.4 + 0.22 * sum(sizes), 1, len(claims), squeeze=False, height_ratios=sizes)
+    figure.get_layout_engine().set(h_pad=0.26)  # inches, for the titles, which begin at the edge of the figure
+    for axis, (text, part) in zip(axes[:, 0], claims.items()):
+        for place, row in enumerate(part):
+            axis.hlines(place, row["low"], row["high"], color=VERDICT_COLOURS[row["verdict"]], linewidth=2)
+            axis.plot(row["effect"], place, "o", color=VERDICT_COLOURS[row["verdict"]], markersize=4)
+        axis.axvline(part[0]["bound"], color="black", linewidth=1, linestyle="--")
+        axis.axvline(0, color="0.7", linewidth=0.8)
+        axis.text(0.01, 1.05, f"{text} ({part[0]['unit']})" if part[0]["unit"] == "mAP" else text, transform=blended_transform_factory(figure.transFigure, axis.transAxes), fontsize=9, fontweight="bold", va="bottom", in_layout=False)
+        axis.set_yticks(range(len(part)), [short_name(row["encoder"], row["benchmark"]) for row in part], fontsize=8)
+        axis.set_ylim(len(part) - 0.4, -0.6)
+        axis.tick_params(axis="x", labelsize=8)
+        axis.grid(axis="y", visible=False)
+    for unit in {row["unit"] for row in rows}:  # effects in one unit on one scale
+        ends = [row[end] for row in rows if row["unit"] == unit for end in ("low", "high", "bound")]
+        margin = 0.05 * (max(ends) - min(ends))
+        for axis, part in zip(axes[:, 0], claims.values()):
+            if part[0]["unit"] == unit:
+                axis.set_xlim(min(ends) - margin, max(ends) + margin)
     handles = [plt.Line2D([], [], color=colour, marker="o", linewidth=2, label=name) for name, colour in VERDICT_COLOURS.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8)
+    figure.legend(handles=[*handles, plt.Line2D([], [], color="black", linewidth=1, linestyle="--", label="bound")], loc="outside lower center", ncols=4, fontsize=8)
     return figure
 
 # %% ../nbs/13_study_figures.ipynb #f42ee3be
