@@ -49,6 +49,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
+from fastcore.basics import patch, patch_to
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from tqdm import tqdm
@@ -345,7 +346,7 @@ def shared_edges(
         found.append((ids[start + hits], places[hits]))
     return tuple(np.concatenate(column) for column in zip(*found))
 
-
+# %% ../nbs/01_pairs.ipynb #1130dc53
 def connected_ids(
     n_ids: int,  # number of ids
     *kinds: tuple,  # of (ids, keys); see `shared_edges`
@@ -445,7 +446,7 @@ def drop_unused_languages(
         language_of_row[:] = (np.cumsum(occurs) - 1).astype(np.int16)[language_of_row]
     return [language for language, kept in zip(languages, occurs) if kept]
 
-
+# %% ../nbs/01_pairs.ipynb #c5e2aa6c
 def fill_matrix(
     matrix: np.ndarray,  # int32 [n_ids, n_languages], to fill
     present: np.ndarray,  # bool [n_rows], the rows to enter
@@ -457,7 +458,7 @@ def fill_matrix(
         rows = start + np.flatnonzero(present[start : start + BLOCK_ROWS])
         matrix[arrays["id_of_row"][rows], arrays["language_of_row"][rows]] = rows
 
-
+# %% ../nbs/01_pairs.ipynb #01056558
 def build_index(
     blocks: Iterable,  # see `fill_rows`
     n_rows: int,  # in all blocks
@@ -496,7 +497,7 @@ def table_blocks(
             "query_key": part["query_key"].to_numpy() if "query_key" in part.column_names else np.uint64(0),
         })
 
-
+# %% ../nbs/01_pairs.ipynb #3f47daff
 def index_table(
     table: datasets.Dataset,  # with the columns of PAIR_SCHEMA
     *new,  # see `build_index`
@@ -522,7 +523,7 @@ def new_file(
             os.posix_fallocate(file.fileno(), 0, array.offset + array.nbytes)
     return array
 
-
+# %% ../nbs/01_pairs.ipynb #e2fa5bc6
 def prepare_index(
     fingerprint: str,  # of the content
     n_rows: int,
@@ -534,7 +535,7 @@ def prepare_index(
     folder, written = prepare_folder(f"index-{fingerprint}", lambda folder: {"languages": build(partial(new_file, folder)).languages})
     return PairIndex(written["languages"], {path.stem: np.asarray(np.load(path, mmap_mode="r")) for path in folder.glob("*.npy")})
 
-# %% ../nbs/01_pairs.ipynb #e2fa5bc6
+# %% ../nbs/01_pairs.ipynb #6b4e2716
 class ParallelPairs(PairIndex):
     "Question-passage pairs in several languages: a memory-mapped table, grouped by pair id, with its `[ids x languages]` index."
 
@@ -568,36 +569,6 @@ class ParallelPairs(PairIndex):
             start += len(column)
         return pd.Index(pd.array(pa.chunked_array(parts), dtype="string[pyarrow]"), name="id")
 
-    def record(
-        self,
-        position: int,  # of the id in `ids`
-    ) -> dict:
-        "One pair in all its languages: `{\"id\", \"query\": {lang: text}, \"passage\": {lang: text}}`."
-        part = self.table[[int(row) for row in self.rows[position] if row >= 0]]
-        texts = {
-            field: {language: text for language, text in zip(part["lang"], part[field]) if text is not None}
-            for field in ("query", "passage")
-        }
-        return {"id": part["id"][0], **texts}
-
-    def select(self, languages=None, ids=None) -> "ParallelPairs":
-        "Keep some languages and some ids; see `select_pairs`."
-        return select_pairs(self, languages, ids)
-
-    def split(self, heldout: float = 0.1, seed: int = 0) -> tuple:
-        "Divide into (train, heldout); see `split_pairs`."
-        return split_pairs(self, heldout, seed)
-
-    @staticmethod
-    def concat(parts: list) -> "ParallelPairs":
-        "Join several training sets; see `concat_pairs`."
-        return concat_pairs(parts)
-
-    @staticmethod
-    def from_records(records: Iterable, name: str = "records") -> "ParallelPairs":
-        "Build from `{\"id\", \"query\": {lang: text}, \"passage\": {lang: text}, ...}`; see `check_record`."
-        return open_pairs(*prepare_rows(None, enumerate(records, start=1), "record", name), name)
-
     def __repr__(self) -> str:
         return f"ParallelPairs({self.info['name']}: {self.n_ids:,} ids, {len(self):,} rows, {' '.join(self.languages)})"
 
@@ -628,7 +599,27 @@ def count_texts(
     counts = [query.sum(axis=0), passage.sum(axis=0), (query & passage).sum(axis=0)]
     return pd.DataFrame(counts, index=["queries", "passages", "both"], columns=pairs.languages)
 
-# %% ../nbs/01_pairs.ipynb #200d8839
+# %% ../nbs/01_pairs.ipynb #07c716d4
+@patch_to(ParallelPairs, static_method=True)
+def from_records(records: Iterable, name: str = "records") -> "ParallelPairs":
+    "Build from `{\"id\", \"query\": {lang: text}, \"passage\": {lang: text}, ...}`; see `check_record`."
+    return open_pairs(*prepare_rows(None, enumerate(records, start=1), "record", name), name)
+
+# %% ../nbs/01_pairs.ipynb #805d0229
+@patch
+def record(
+    self: ParallelPairs,
+    position: int,  # of the id in `ids`
+) -> dict:
+    "One pair in all its languages: `{\"id\", \"query\": {lang: text}, \"passage\": {lang: text}}`."
+    part = self.table[[int(row) for row in self.rows[position] if row >= 0]]
+    texts = {
+        field: {language: text for language, text in zip(part["lang"], part[field]) if text is not None}
+        for field in ("query", "passage")
+    }
+    return {"id": part["id"][0], **texts}
+
+# %% ../nbs/01_pairs.ipynb #3e359a9f
 def row_blocks(
     pairs: ParallelPairs,
     rows: np.ndarray | None = None,  # int [n], ascending; None: all
@@ -645,7 +636,7 @@ def row_blocks(
             "positions": part if pairs.positions is None else pairs.positions[part],
         })
 
-
+# %% ../nbs/01_pairs.ipynb #200d8839
 def take_rows(
     pairs: ParallelPairs,
     mask: np.ndarray,  # bool [n_rows], the rows to keep
@@ -684,6 +675,12 @@ def select_pairs(
         keep_id[wanted] = True
     return take_rows(pairs, keep_language[pairs.language_of_row] & keep_id[pairs.id_of_row])
 
+
+@patch
+def select(self: ParallelPairs, languages=None, ids=None) -> "ParallelPairs":
+    "Keep some languages and some ids; see `select_pairs`."
+    return select_pairs(self, languages, ids)
+
 # %% ../nbs/01_pairs.ipynb #49c3caf2
 def split_pairs(
     pairs: ParallelPairs,
@@ -712,6 +709,12 @@ def split_pairs(
     in_heldout = is_heldout[pairs.blocks][pairs.id_of_row]
     return take_rows(pairs, ~in_heldout), take_rows(pairs, in_heldout)
 
+
+@patch
+def split(self: ParallelPairs, heldout: float = 0.1, seed: int = 0) -> tuple:
+    "Divide into (train, heldout); see `split_pairs`."
+    return split_pairs(self, heldout, seed)
+
 # %% ../nbs/01_pairs.ipynb #11fc3045
 def joined_blocks(
     parts: list,  # of ParallelPairs
@@ -725,7 +728,7 @@ def joined_blocks(
             yield block.assign(set=block["set"] + first_set, lang=numbers[block["lang"]], positions=block["positions"] + first_position)
         first_set, first_position = first_set + len(part.set_names), first_position + len(part.data)
 
-
+# %% ../nbs/01_pairs.ipynb #555c03d0
 def concat_pairs(
     parts: list,  # of ParallelPairs
 ) -> ParallelPairs:
@@ -746,6 +749,12 @@ def concat_pairs(
     index = prepare_index(fingerprint, n_rows, partial(build_index, joined_blocks(parts, languages), n_rows, languages))
     names = [name for part in parts for name in part.set_names]
     return ParallelPairs(datasets.concatenate_datasets([part.data for part in parts]), index, info, fingerprint, names)
+
+
+@patch_to(ParallelPairs, static_method=True)
+def concat(parts: list) -> "ParallelPairs":
+    "Join several training sets; see `concat_pairs`."
+    return concat_pairs(parts)
 
 # %% ../nbs/01_pairs.ipynb #5563768d
 def answer_sentences(
