@@ -450,13 +450,14 @@ def save(
     folder,  # made if missing
     keep=None,  # measures to keep of each query; None: all of a table with at most `SMALL_TABLE` rows, the first of a larger one
 ) -> Path:
-    "Write metrics.json and, with the rounded rows of `by_query` without the worst rank, per_query.parquet into `folder`."
+    "Write metrics.json and, with the rounded rows of `by_query` without the worst rank (and of a large table the normalised distance), per_query.parquet into `folder`."
     folder, table = Path(folder), self.by_query
     folder.mkdir(parents=True, exist_ok=True)
     if table is not None:
         there = [name for name in self.measures if name in table]
         keep = choose_all("measure", (there if len(table) <= SMALL_TABLE else there[:1]) if keep is None else keep, there)
-        rows = table.drop(columns=[name for name in [*there, "worst_rank"] if name in table and name not in keep])
+        other = ["worst_rank"] if len(table) <= SMALL_TABLE else ["worst_rank", "normalized_rank_distance"]
+        rows = table.drop(columns=[name for name in [*there, *other] if name in table and name not in keep])
         with whole_file(folder / "per_query.parquet") as path:
             write_rows(path, rows, keep)
     with whole_file(folder / "metrics.json") as path:

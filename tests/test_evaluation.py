@@ -249,7 +249,7 @@ def test_saved_rows_are_by_query_and_rounded(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="unknown measure 'mapp'; valid: map, mrr@10"):
         scores.save(tmp_path / "wrong", keep="mapp")
     monkeypatch.setattr("hybrid_ir.evaluation.SMALL_TABLE", 10)
-    assert list(Scores.load(scores.save(tmp_path / "large")).by_query.columns) == ["query_id", "query_language", "task", "map", *bias]
+    assert list(Scores.load(scores.save(tmp_path / "large")).by_query.columns) == ["query_id", "query_language", "task", "map", "rank_distance", "same_language_share@10"]
 
 
 def test_size_on_disk(tmp_path):
