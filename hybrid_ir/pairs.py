@@ -329,7 +329,7 @@ def prepare_rows(
 # %% ../nbs/01_pairs.ipynb #c1b3e9fb
 BLOCK_ROWS = 1_000_000  # rows that are worked on at once
 
-
+# %% ../nbs/01_pairs.ipynb #b72d7b0d
 def shared_edges(
     ids: np.ndarray,  # int [n], positions of ids
     keys: np.ndarray,  # uint64 [n], what the id has: a passage, a page; 0: nothing
@@ -366,7 +366,7 @@ def connected_ids(
 ROW_ARRAYS = {"id_of_row": np.int32, "language_of_row": np.int16, "has_query": bool, "has_passage": bool, "passage_key": np.uint64, "positions": np.uint64}
 ID_ARRAYS = {"first_rows": np.int32, "sets": np.int16, "page_key": np.uint64, "query_key": np.uint64}
 
-
+# %% ../nbs/01_pairs.ipynb #c8509c49
 class PairIndex:
     "What samplers and splits need to know of each row and each id, as flat arrays: in memory, or mapped from files."
 
@@ -509,7 +509,7 @@ def index_table(
 # %% ../nbs/01_pairs.ipynb #55e022e4
 MAPPED_ROWS = 1_000_000  # the index of more rows lies on disk
 
-
+# %% ../nbs/01_pairs.ipynb #06eda6a4
 def new_file(
     folder: Path,
     name: str,
@@ -675,7 +675,7 @@ def select_pairs(
         keep_id[wanted] = True
     return take_rows(pairs, keep_language[pairs.language_of_row] & keep_id[pairs.id_of_row])
 
-
+# %% ../nbs/01_pairs.ipynb #22a89c37
 @patch
 def select(self: ParallelPairs, languages=None, ids=None) -> "ParallelPairs":
     "Keep some languages and some ids; see `select_pairs`."
@@ -709,7 +709,7 @@ def split_pairs(
     in_heldout = is_heldout[pairs.blocks][pairs.id_of_row]
     return take_rows(pairs, ~in_heldout), take_rows(pairs, in_heldout)
 
-
+# %% ../nbs/01_pairs.ipynb #c4304fa4
 @patch
 def split(self: ParallelPairs, heldout: float = 0.1, seed: int = 0) -> tuple:
     "Divide into (train, heldout); see `split_pairs`."
@@ -750,7 +750,7 @@ def concat_pairs(
     names = [name for part in parts for name in part.set_names]
     return ParallelPairs(datasets.concatenate_datasets([part.data for part in parts]), index, info, fingerprint, names)
 
-
+# %% ../nbs/01_pairs.ipynb #9a6ba684
 @patch_to(ParallelPairs, static_method=True)
 def concat(parts: list) -> "ParallelPairs":
     "Join several training sets; see `concat_pairs`."
@@ -822,7 +822,7 @@ def read_paragraphs(
 SAMPLE_LANGUAGES = ["ar", "de", "el", "en", "es", "hi", "ru", "th", "tr", "vi", "zh"]
 SAMPLE_SPLITS = ["train", "heldout"]
 
-
+# %% ../nbs/01_pairs.ipynb #83467b21
 def sample_file(
     lang: str,  # language
     split: str = "train",  # "train" or "heldout"
@@ -854,7 +854,7 @@ MMARCO_LANGUAGES = {
     "ja": "japanese", "nl": "dutch", "pt": "portuguese", "ru": "russian", "vi": "vietnamese", "zh": "chinese",
 }  # as the published files are named
 
-
+# %% ../nbs/01_pairs.ipynb #baa1ed0b
 @dataclass(frozen=True)
 class PairSet:
     "A training set that `load_pairs` knows by name."
@@ -864,7 +864,7 @@ class PairSet:
     sha256: str | None = None  # of that file
     splits: tuple = ("train",)
 
-
+# %% ../nbs/01_pairs.ipynb #cb427e1e
 PAIR_SETS = {
     "sample": PairSet("short encyclopaedic paragraphs, shipped with the package", tuple(SAMPLE_LANGUAGES), splits=tuple(SAMPLE_SPLITS)),
     "parallel_docs": PairSet(
@@ -951,7 +951,7 @@ def load_hub(
 MMARCO_URL = "https://huggingface.co/datasets/unicamp-dl/mmarco/resolve/main/"
 MMARCO_TRIPLES = "mmarco/data/triples.train.ids.small.tsv"
 
-
+# %% ../nbs/01_pairs.ipynb #09cc3309
 def mmarco_names(
     lang: str,  # ISO 639-1
 ) -> tuple[str, str]:
@@ -1119,7 +1119,7 @@ def add_triples(
 # %% ../nbs/01_pairs.ipynb #0513ccc6
 TRIPLE_COLUMNS = {"query id": pa.int32(), "right passage id": pa.int32(), "wrong passage id": pa.int32()}
 
-
+# %% ../nbs/01_pairs.ipynb #29372b63
 def read_triples(
     path,  # triples.train.ids.small.tsv
     limit: int,  # hard negatives to keep of each pair
@@ -1221,7 +1221,7 @@ def keep_texts(
 # %% ../nbs/01_pairs.ipynb #33bf2c94
 MMARCO_SCHEMA = PAIR_SCHEMA.append(pa.field("query_key", pa.uint64()))
 
-
+# %% ../nbs/01_pairs.ipynb #f0c90881
 def language_rows(
     lang: str,  # ISO 639-1
     triples: dict,  # see `read_triples`
