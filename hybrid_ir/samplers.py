@@ -181,7 +181,7 @@ class TrainingSet:
     weights: np.ndarray  # their probabilities
     largest_batch: int  # pairs; the number of groups in the smallest pool
 
-
+# %% ../nbs/04_samplers.ipynb #628cffaf
 @patch
 def prepare(self: BatchSampler, pairs: ParallelPairs, number: int, language_exponent: float) -> TrainingSet:
     "The queue and the language probabilities of one training set."
@@ -283,7 +283,7 @@ def state_dict(self: BatchSampler) -> dict:
     queues = [torch.from_numpy(part.queue.queue[part.queue.front :].copy()) for part in self.sets]
     return {"rng": self.rng.bit_generator.state, "queues": queues}
 
-
+# %% ../nbs/04_samplers.ipynb #5a5cadc1
 @patch
 def load_state_dict(self: BatchSampler, state: dict):
     "Go on where `state_dict` was taken. The sampler must have been made with the same arguments."
