@@ -51,7 +51,7 @@ def check_number(name: str, value, lowest: float, above: bool = False, below: fl
 # %% ../nbs/06_training.ipynb #d22b0585
 SCHEDULES = ("linear", "cosine", "constant")
 
-
+# %% ../nbs/06_training.ipynb #c1975b6a
 @dataclass(frozen=True)
 class TrainingOptions:
     "The options of `train`. Raises `ValueError` for values that cannot work."
@@ -125,7 +125,7 @@ class CompactVocabulary:
 # %% ../nbs/06_training.ipynb #cdd4e3ef
 TABLE_ROWS = 1_000_000  # pairs of more rows are tokenised batch by batch
 
-
+# %% ../nbs/06_training.ipynb #c5dacb82
 class TokenStream:
     "The tokens of questions, passages and hard negatives of some pairs, computed when they are asked for."
 
@@ -305,7 +305,7 @@ class Progress:
 # %% ../nbs/06_training.ipynb #083daa19
 RUN_FILES = ("best.safetensors", "train_log.jsonl")  # what a run writes beside its checkpoints
 
-
+# %% ../nbs/06_training.ipynb #199eda6b
 def copy_file(source: Path, target: Path):
     "Copy a file of a run. Weights are never changed in place, so a second name for the same bytes will do where the disk has such."
     target.unlink(missing_ok=True)
@@ -323,7 +323,7 @@ def checkpoints(folder: Path) -> list[Path]:
 class CheckpointError(RuntimeError):
     "A checkpoint could not be written or read; the message says what is still usable."
 
-
+# %% ../nbs/06_training.ipynb #8123b240
 def write_checkpoint(accelerator: Accelerator, folder: Path, step: int) -> Path:
     "Write all state as `checkpoint-<step>`, then remove all but one of the older ones. Raises `CheckpointError` and keeps them if that fails."
     target = folder / f"checkpoint-{step:08d}"
@@ -399,7 +399,7 @@ def split_pairs(pairs: ParallelPairs, options: TrainingOptions) -> tuple[Paralle
     "The pairs to train on and those held out for validation."
     return pairs.split(options.heldout, seed=options.seed) if options.heldout else (pairs, None)
 
-
+# %% ../nbs/06_training.ipynb #d48bceb4
 def build_sampler(pairs: ParallelPairs, options: TrainingOptions, batch_size: int, seed: int) -> BatchSampler:
     "The sampler that the options describe."
     languages = list(options.languages) if options.languages else None
@@ -465,7 +465,7 @@ def prepare(self: Trainer):
 class TrainingDiverged(FloatingPointError):
     "The loss or the gradient is not finite."
 
-
+# %% ../nbs/06_training.ipynb #61a3728d
 @patch
 def step(self: Trainer) -> dict:
     "Train on the next batch; returns its log record."
