@@ -82,7 +82,7 @@ def embed(
 # %% ../nbs/09_evaluation.ipynb #86d3ce02
 TASKS = ("mono", "cross", "multi")
 
-
+# %% ../nbs/09_evaluation.ipynb #aff63603
 def judgement_languages(
     benchmark,  # a Benchmark
 ) -> tuple[np.ndarray, np.ndarray]:  # int [n_judgements] twice: numbers in `benchmark.languages`
@@ -110,7 +110,7 @@ def choose_tasks(
 # %% ../nbs/09_evaluation.ipynb #99280310
 POOL = "all"  # stands for the pool where a table has the language of the corpus
 
-
+# %% ../nbs/09_evaluation.ipynb #700ac838
 def query_rows(
     benchmark,  # a Benchmark
     query_numbers: np.ndarray,  # int [n] rows of the queries
@@ -284,7 +284,7 @@ def summary(self: ScoreTables) -> pd.DataFrame:
     "Task x measure: averages over queries, then over languages or ordered pairs of languages."
     return self.cells.groupby("task")[self.measures].mean().reindex(self.info["tasks"])
 
-
+# %% ../nbs/09_evaluation.ipynb #40cda65b
 @patch
 def by_language(self: ScoreTables, measure: str = "map") -> pd.DataFrame:
     "Query language x passage language, and a column `multi`, of one measure."
@@ -309,7 +309,7 @@ def intervals(self: ScoreTables) -> pd.DataFrame:
         self.saved_estimates = estimates(self.per_query, self.measures)
     return self.saved_estimates
 
-
+# %% ../nbs/09_evaluation.ipynb #b8f73665
 @patch
 def gap(self: ScoreTables, measure: str = "map") -> Estimate:
     "Measure in the query's own language minus that in other languages, over the same queries, with its interval."
@@ -347,7 +347,7 @@ def html_table(caption: str, table: pd.DataFrame) -> str:
     "A caption and a table as HTML."
     return f"<p>{escape(caption)}</p>\n{table.to_html()}"
 
-
+# %% ../nbs/09_evaluation.ipynb #577167f9
 def markdown_table(caption: str, table: pd.DataFrame) -> str:
     "A caption and a table as Markdown."
     head = f"| {table.index.name or ''} | " + " | ".join(map(str, table.columns)) + " |"
@@ -407,7 +407,7 @@ def to_dict(self: Scores) -> dict:
     cells = {name: column.round(5).tolist() if column.dtype == float else column.tolist() for name, column in self.cells.items()}
     return plain({"format": 1, **self.info, "averages": tables, "cells": cells})
 
-
+# %% ../nbs/09_evaluation.ipynb #28434f5b
 @patch(cls_method=True)
 def from_dict(cls: Scores, saved: dict, by_query: pd.DataFrame | None = None) -> "Scores":
     "The reverse of `to_dict`."
@@ -443,7 +443,7 @@ def write_rows(
 # %% ../nbs/09_evaluation.ipynb #2ba833d9
 SMALL_TABLE = 5_000  # rows up to which `Scores.save` keeps every measure of each query
 
-
+# %% ../nbs/09_evaluation.ipynb #155e806b
 @patch
 def save(
     self: Scores,
