@@ -43,7 +43,7 @@ from .training import weights_hash
 # %% ../nbs/17_corpus_index.ipynb #dcf5f173
 MANIFEST = "manifest.json"
 
-
+# %% ../nbs/17_corpus_index.ipynb #3eed5360
 def encoder_identity(
     encoder: Encoder,
     kind: str = "passage",  # "query" or "passage"
@@ -68,11 +68,11 @@ def refuse_difference(
 COLUMNS = ("id", "lang", "text")
 DTYPES = ("float16", "float32")
 
-
+# %% ../nbs/17_corpus_index.ipynb #1b06c6b4
 def shard_path(folder, number: int, suffix: str) -> Path:
     return Path(folder) / f"{number:05d}.{suffix}"
 
-
+# %% ../nbs/17_corpus_index.ipynb #826f7ced
 def texts_hash(rows: dict) -> str:
     "Hash of ids, languages and texts: 64 hexadecimal digits."
     return hashlib.sha256(json.dumps([rows[column] for column in COLUMNS], ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()
@@ -99,7 +99,7 @@ def write_shard(
 class DamagedShard(OSError):
     "A shard is missing, or its files are not what was written."
 
-
+# %% ../nbs/17_corpus_index.ipynb #0ecba9dd
 def read_shard_entry(
     folder,
     number: int,
@@ -318,7 +318,7 @@ def take(
         found[mine] = self.shard(number)[rows[mine] % self.shard_size]
     return found
 
-
+# %% ../nbs/17_corpus_index.ipynb #8507c45c
 @patch
 def sample(
     self: Vectors,
@@ -428,13 +428,13 @@ def add_shards(index: faiss.Index, vectors: Vectors, shards, rows: int = 16_384)
 # %% ../nbs/17_corpus_index.ipynb #a2ba4a2f
 PART_MEMORY = 512 * 2**20  # bytes for the lists of one part
 
-
+# %% ../nbs/17_corpus_index.ipynb #e3199a8e
 def write_index(index: faiss.Index, path):
     "Write a FAISS index; whole or not at all."
     with whole_file(path) as temporary:
         faiss.write_index(index, str(temporary))
 
-
+# %% ../nbs/17_corpus_index.ipynb #b980a2c4
 def build_parts(
     folder: Path,  # with a trained index
     vectors: Vectors,
@@ -453,7 +453,7 @@ def build_parts(
 # %% ../nbs/17_corpus_index.ipynb #ea266f61
 LISTS = "lists.ivfdata"
 
-
+# %% ../nbs/17_corpus_index.ipynb #d36a4c14
 @contextmanager
 def without_native_messages():
     "Without what compiled code prints: FAISS reports each file that it resizes."
@@ -465,7 +465,7 @@ def without_native_messages():
         os.dup2(kept, 1)
         os.close(kept), os.close(nowhere)
 
-
+# %% ../nbs/17_corpus_index.ipynb #4ff6a80e
 def merge_parts(folder: Path, parts: list[Path]):
     "Merge the lists of all parts into one file on disk, and write the index that maps it."
     from faiss.contrib.ondisk import merge_ondisk
@@ -480,7 +480,7 @@ def index_folder(vectors: Vectors, factory: str) -> Path:
     "Where an index of these vectors lies."
     return vectors.folder / "indexes" / re.sub(r"[^\w]+", "-", factory)
 
-
+# %% ../nbs/17_corpus_index.ipynb #a3a68fe1
 def claim_index(folder: Path, identity: dict) -> dict:
     "Make `folder` the one of this index, and return its manifest; raises `ValueError` if it is another's."
     identity = json.loads(json.dumps(identity))
@@ -500,7 +500,7 @@ def timed(function, *arguments) -> float:
     function(*arguments)
     return round(time.perf_counter() - started, 3)
 
-
+# %% ../nbs/17_corpus_index.ipynb #1d52ba5f
 def train_index(folder: Path, index: faiss.Index, vectors: Vectors, rows: int, seed: int):
     "Write `trained.faiss`, if it is not there."
     if not (folder / "trained.faiss").exists():
@@ -563,7 +563,7 @@ def open_mapped(
 # %% ../nbs/17_corpus_index.ipynb #a4a75f85
 PARAMETERS = ("nprobe", "efSearch", "quantizer_efSearch")
 
-
+# %% ../nbs/17_corpus_index.ipynb #e1740e61
 class FaissIndex:
     "An index of `build_index`, mapped from disk. Raises `FileNotFoundError` if it is not complete."
 
