@@ -83,19 +83,21 @@ def read_source(cell: dict) -> str:
 
 EXPORT = re.compile(r"^#\s*\|\s*export\b(?!s)", re.M)
 FOLD = re.compile(r"\A#\| code-fold: show\n#\| code-summary: .*\n")
+LONG = 20  # lines of an exported cell
 
 
 def fold(cell: dict) -> None:
-    "Fold the source under a signature, and imports; constants and other exported code stay in view."
+    "Fold the source under a signature, and imports. Constants stay in view, unless they stand in a long cell of functions or classes."
     code, folded = FOLD.subn("", read_source(cell))
     if cell["cell_type"] == "code" and folded:
         try:
             body = ast.parse(code).body
         except SyntaxError:
             body = []
-        plain = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom, ast.Expr)
+        definitions, others = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef), (ast.Import, ast.ImportFrom, ast.Expr)
         imports = all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in body)
-        if all(isinstance(node, plain) for node in body):
+        long = len(code.splitlines()) > LONG and any(isinstance(node, definitions) for node in body)
+        if long or all(isinstance(node, definitions + others) for node in body):
             code = f"#| code-fold: true\n#| code-summary: \"{'Imports' if imports else 'Source'}\"\n{code}"
         cell["source"] = code
 
@@ -218,6 +220,12 @@ def exported_module(notebook: Path) -> Path | None:
 STUDY_PAGES = ("method.ipynb", "reports/summary.ipynb", "speed.ipynb", "cost.ipynb", "nothing_lost.ipynb", "limits.ipynb", "reproduce.ipynb")  # in reading order
 
 
+def heading(path: Path) -> str:
+    "The title of an executed notebook."
+    cells = json.loads((ROOT / path).read_text(encoding="utf-8"))["cells"]
+    return next(source.splitlines()[0].removeprefix("# ") for source in map(read_source, cells) if source.startswith("# "))
+
+
 def sidebar(pages: dict[str, list], reports: list[Path]) -> dict:
     "The sidebar in reading order: home, the study, how-to pages, reference, what papermill runs, and one section for each folder of reports."
     contents: list = [{"text": "Home", "href": "index.ipynb"}]
@@ -227,7 +235,7 @@ def sidebar(pages: dict[str, list], reports: list[Path]) -> dict:
         path = path.relative_to(ROOT)
         if path.as_posix() in STUDY_PAGES:
             continue
-        folders.setdefault(path.parent.as_posix(), []).append({"text": path.stem.replace("-", " "), "href": path.as_posix()})
+        folders.setdefault(path.parent.as_posix(), []).append({"text": heading(path).removeprefix(f"{path.parent.name} on "), "href": path.as_posix()})
     contents += [{"section": "Reports: " + "/".join(folder.split("/")[1:]) if "/" in folder else "Reports", "contents": items} for folder, items in folders.items()]
     return {"website": {"sidebar": {"contents": contents}}}
 
