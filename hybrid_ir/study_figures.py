@@ -293,7 +293,7 @@ def claims_plot(rows: list[dict]) -> Figure:
     for row in rows:
         claims.setdefault(row["text"] + ("" if row["languages"] == "all" else ", questions in unseen languages"), []).append(row)
     sizes = [len(part) + 2.4 for part in claims.values()]
-    figure, axes = new_figure(8, 0.4 + 0.22 * sum(sizes), 1, len(claims), squeeze=False, height_ratios=sizes)
+    figure, axes = new_figure(8, 1 + 0.22 * sum(sizes), 1, len(claims), squeeze=False, height_ratios=sizes)
     figure.get_layout_engine().set(h_pad=0.26)  # inches, for the titles, which begin at the edge of the figure
     for axis, (text, part) in zip(axes[:, 0], claims.items()):
         for place, row in enumerate(part):

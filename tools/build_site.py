@@ -235,7 +235,8 @@ def sidebar(pages: dict[str, list], reports: list[Path]) -> dict:
         path = path.relative_to(ROOT)
         if path.as_posix() in STUDY_PAGES:
             continue
-        folders.setdefault(path.parent.as_posix(), []).append({"text": heading(path).removeprefix(f"{path.parent.name} on "), "href": path.as_posix()})
+        _, reported, benchmark = heading(path).partition(f"{path.parent.name} on ")
+        folders.setdefault(path.parent.as_posix(), []).append({"text": benchmark if reported else path.stem.replace("-", " "), "href": path.as_posix()})
     contents += [{"section": "Reports: " + "/".join(folder.split("/")[1:]) if "/" in folder else "Reports", "contents": items} for folder, items in folders.items()]
     return {"website": {"sidebar": {"contents": contents}}}
 
