@@ -294,13 +294,13 @@ def claims_plot(rows: list[dict]) -> Figure:
         claims.setdefault(row["text"] + ("" if row["languages"] == "all" else ", questions in unseen languages"), []).append(row)
     sizes = [len(part) + 2.4 for part in claims.values()]
     figure, axes = new_figure(8, 1 + 0.22 * sum(sizes), 1, len(claims), squeeze=False, height_ratios=sizes)
-    figure.get_layout_engine().set(h_pad=0.26)  # inches, for the titles, which begin at the edge of the figure
     for axis, (text, part) in zip(axes[:, 0], claims.items()):
         for place, row in enumerate(part):
             axis.hlines(place, row["low"], row["high"], color=VERDICT_COLOURS[row["verdict"]], linewidth=2)
             axis.plot(row["effect"], place, "o", color=VERDICT_COLOURS[row["verdict"]], markersize=4)
         axis.axvline(part[0]["bound"], color="black", linewidth=1, linestyle="--")
         axis.axvline(0, color="0.7", linewidth=0.8)
+        axis.set_title(" ", fontsize=11)  # keeps room for the real one, which begins at the edge of the figure
         axis.text(0.01, 1.05, f"{text} ({part[0]['unit']})" if part[0]["unit"] == "mAP" else text, transform=blended_transform_factory(figure.transFigure, axis.transAxes), fontsize=9, fontweight="bold", va="bottom", in_layout=False)
         axis.set_yticks(range(len(part)), [short_name(row["encoder"], row["benchmark"]) for row in part], fontsize=8)
         axis.set_ylim(len(part) - 0.4, -0.6)
