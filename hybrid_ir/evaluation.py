@@ -455,8 +455,9 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     if table is not None:
         there = [name for name in self.measures if name in table]
-        keep = choose_all("measure", (there if len(table) <= SMALL_TABLE else there[:1]) if keep is None else keep, there)
-        other = ["worst_rank"] if len(table) <= SMALL_TABLE else ["worst_rank", "normalized_rank_distance"]
+        small = len(table) <= SMALL_TABLE
+        keep = choose_all("measure", (there if small else there[:1]) if keep is None else keep, there)
+        other = ["worst_rank"] if small else ["worst_rank", "normalized_rank_distance"]
         rows = table.drop(columns=[name for name in [*there, *other] if name in table and name not in keep])
         with whole_file(folder / "per_query.parquet") as path:
             write_rows(path, rows, keep)

@@ -256,7 +256,7 @@ def evaluate_missing(config: RunConfig, encoder: Encoder, folders: dict[str, Pat
         started, everything = time.time(), load_benchmark(source[0], context=source[1])
         parts = {text: choice.of(everything.languages, config.encoder) for text, choice in missing.items() if (choice.name, choice.context) == source}
         whole = select(everything, {language for languages in parts.values() for language in languages})
-        sharded = ShardedEncoder(encoder, folders[next(iter(parts))])
+        sharded = ShardedEncoder(encoder, folders[next(iter(parts))].parent)
         vectors = [embed(sharded, table["text"], kind, progress) for table, kind in ((whole.queries, "query"), (whole.passages, "passage"))]
         for text, languages in parts.items():
             part = select(whole, languages)

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['TRAINING_LANGUAGES', 'PLANS', 'PAPER_SAMPLERS', 'CLAIMS', 'GAP_CLAIMS', 'Plan', 'selection_file', 'try_settings',
            'chosen_settings', 'choose_settings', 'study_runs', 'report_benchmarks', 'study_progress', 'variant_name',
-           'describe', 'Comparison', 'load_comparison', 'published', 'Claim', 'verdict', 'effect_of', 'for_queries_in',
-           'allows', 'judge', 'unseen_languages', 'judge_all', 'all_comparisons', 'alpha_curve', 'narrowing_in_words',
-           'gap_answer', 'ablation_answer']
+           'describe', 'short_name', 'Comparison', 'load_comparison', 'published', 'Claim', 'verdict', 'effect_of',
+           'for_queries_in', 'allows', 'judge', 'unseen_languages', 'judge_all', 'all_comparisons', 'alpha_curve',
+           'narrowing_in_words', 'gap_answer', 'ablation_answer']
 
 # %% ../nbs/12_study.ipynb #3efa6b0c
 import json
@@ -30,7 +30,7 @@ from .training import split_pairs, train
 # %% ../nbs/12_study.ipynb #5b9b2478
 TRAINING_LANGUAGES = ("ar", "de", "en", "es", "hi", "ru", "th", "tr", "zh")
 
-
+# %% ../nbs/12_study.ipynb #a81e99fd
 @dataclass(frozen=True)
 class Plan:
     "What the study does with one encoder."
@@ -65,7 +65,7 @@ class Plan:
             checkpoint_every=self.validate_every, query_length=self.query_length, passage_length=self.passage_length, dropout=0.0)  # fmt: skip
         return RunConfig(**{**shared, **values})
 
-
+# %% ../nbs/12_study.ipynb #9ba08300
 PLANS = {
     "use-multilingual-v3": Plan(
         "use-multilingual-v3", tuple(language for language in TRAINING_LANGUAGES if language != "hi"), ("english", "mixed", "mono", "cross", "hybrid"), (0, 1, 2),
@@ -177,6 +177,11 @@ def describe(config: RunConfig) -> str:
     return f"{config.encoder} {variant_name(config)}, seed {config.seed}: {', '.join(config.benchmarks)}"
 
 
+def short_name(encoder: str, benchmark: str) -> str:
+    "Encoder and benchmark as a label."
+    return f"{encoder} on {parse_benchmark(benchmark).title}"
+
+# %% ../nbs/12_study.ipynb #f58fa7fd
 @dataclass
 class Comparison:
     "All scores of one encoder on one benchmark, by name: `untouched` and the samplers, each a list with one entry a seed."
@@ -194,7 +199,7 @@ class Comparison:
         "The folders of the runs behind these names."
         return [run.folder.as_posix().split("reports/")[-1] for name in names for run in self.runs.get(name, [])]
 
-
+# %% ../nbs/12_study.ipynb #e79d3f6e
 def load_comparison(encoder: str, benchmark: str, reports: str | Path = "reports") -> Comparison:
     "Read the runs of the study; raises `FileNotFoundError` if the settings were not chosen or no run has this benchmark."
     settings = chosen_settings(encoder, reports)
@@ -274,7 +279,7 @@ def allows(tasks: list[str], measure: str, task: str) -> bool:
     needed = {"mono", "cross"} if task == "gap" else {task} if measure == "map" else {task, "cross"}
     return needed <= set(tasks)
 
-
+# %% ../nbs/12_study.ipynb #b951a2e5
 def judge(claim: Claim, comparison: Comparison, languages: tuple[str, ...] | None = None) -> dict | None:
     "Effect, interval and verdict of a claim, or None where the benchmark or the runs do not allow it."
     tasks = comparison.scores["untouched"][0].info["tasks"]
@@ -290,7 +295,7 @@ def judge(claim: Claim, comparison: Comparison, languages: tuple[str, ...] | Non
         "verdict": verdict(low, high, claim.bound), "seeds": len(chosen["hybrid"]), "runs": comparison.folders("hybrid", against),
     }  # fmt: skip
 
-
+# %% ../nbs/12_study.ipynb #031c3b64
 def unseen_languages(encoder: str, benchmark_languages) -> tuple[str, ...]:
     "The languages of a benchmark that the encoder knows, but was not trained on here."
     known = KNOWN_LANGUAGES.get(encoder, benchmark_languages)
@@ -325,7 +330,7 @@ def alpha_curve(comparison: Comparison) -> dict[float, list[Scores]]:
     shared = set.intersection(*({run.config.seed for run in found} for found in runs.values())) if runs else set()
     return {alpha: [run.after[comparison.benchmark] for run in runs[alpha] if run.config.seed in shared] for alpha in sorted(runs) if shared}
 
-
+# %% ../nbs/12_study.ipynb #353c7c2b
 def narrowing_in_words(row: dict) -> str:
     "An effect on the gap with its interval, in points of mAP."
     value, low, high = 100 * row["effect"], 100 * row["low"], 100 * row["high"]
@@ -337,17 +342,17 @@ def gap_answer(rows: list[dict]) -> str:
     answers, lines = {"reproduced": "Yes", "not reproduced": "No", "not decidable": "Not decidable"}, []
     for encoder, benchmark in dict.fromkeys((row["encoder"], row["benchmark"]) for row in rows if row["benchmark"].startswith("xm3600")):
         found = {row["claim"]: row for row in rows if (row["encoder"], row["benchmark"]) == (encoder, benchmark) and row["claim"].startswith("gap")}
-        named = parse_benchmark(benchmark).title
+        named = short_name(encoder, benchmark)
         if len(found) < len(GAP_CLAIMS):
-            lines.append(f"**{encoder} on {named}**: not all runs are complete.")
+            lines.append(f"**{named}**: not all runs are complete.")
             continue
         start, mono, cross = (found[claim.key] for claim in GAP_CLAIMS)
         lines.append(
-            f"**{encoder} on {named}. {answers[start['verdict']]}.** The gap of the untouched encoder is {start['other']:.3f}; after hybrid training it is {start['hybrid']:.3f}, {narrowing_in_words(start)}. "
+            f"**{named}. {answers[start['verdict']]}.** The gap of the untouched encoder is {start['other']:.3f}; after hybrid training it is {start['hybrid']:.3f}, {narrowing_in_words(start)}. "
             f"That is {narrowing_in_words(mono)} than after `mono` training (a gap of {mono['other']:.3f}), and {narrowing_in_words(cross)} than after `cross` ({cross['other']:.3f}).")
     return "\n\n".join(lines) or "No run has scores on XM3600 yet."
 
-
+# %% ../nbs/12_study.ipynb #4122665e
 def ablation_answer(comparisons: list[Comparison]) -> str:
     "How often ids were repeated without the rule, and what the difference is over the seeds that both have, from the runs."
     lines = []
@@ -359,7 +364,7 @@ def ablation_answer(comparisons: list[Comparison]) -> str:
         drawn, name = [without[seed].metrics["composition"] for seed in seeds], comparison.benchmark
         row = compare([usual[seed].after[name] for seed in seeds], [without[seed].after[name] for seed in seeds], "map", comparison.scores["untouched"][0].info["tasks"][-1]).loc["macro"]
         lines.append(
-            f"- {comparison.encoder} on {parse_benchmark(name).title}: {sum(part['repeated_ids'] for part in drawn)} repeated ids in {sum(part['batches'] for part in drawn)} batches of {without[seeds[0]].config.batch_size}; with the rule the pooled mAP "
+            f"- {short_name(comparison.encoder, name)}: {sum(part['repeated_ids'] for part in drawn)} repeated ids in {sum(part['batches'] for part in drawn)} batches of {without[seeds[0]].config.batch_size}; with the rule the pooled mAP "
             f"is {100 * row['difference']:+.2f} points different [{100 * row['low']:+.2f}, {100 * row['high']:+.2f}], {len(seeds)} seed{'s' * (len(seeds) > 1)}.")
     caution = "The intervals are over questions. They do not contain the noise of training: a run with other batches differs too, whatever the rule, so that only differences that return with every seed count."
     return "\n".join([*lines, "", caution]) if lines else "This run is not complete yet."

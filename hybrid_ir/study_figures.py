@@ -7,7 +7,7 @@ __all__ = ['COLOURS', 'PANELS', 'MANY_LANGUAGES', 'VERDICT_COLOURS', 'colour_of'
            'seed_means', 'comparison_table', 'comparison_plot', 'seeds_table', 'stars', 'difference_table',
            'language_differences', 'language_difference_map', 'mean_table', 'mean_by_language', 'comparison_maps',
            'mean_bias', 'comparison_bias_plot', 'language_group_table', 'published_plot', 'validation_plot',
-           'runs_table', 'claims_table', 'verdict_grid', 'short_name', 'claims_plot', 'alpha_plot', 'gap_plot']
+           'runs_table', 'claims_table', 'verdict_grid', 'claims_plot', 'alpha_plot', 'gap_plot']
 
 # %% ../nbs/13_study_figures.ipynb #0728a964
 import matplotlib.pyplot as plt
@@ -21,7 +21,7 @@ from .evaluation import Scores, compare, seed_values
 from .experiment import Run, code_hash, parse_benchmark
 from .figures import language_map, new_figure
 from .metrics import Estimate, bootstrap_interval, seed_summary
-from .study import allows
+from .study import allows, short_name
 
 # %% ../nbs/13_study_figures.ipynb #dbc8fa09
 COLOURS = {"untouched": "0.6", "english": "#8a6fb0", "mixed": "#b89b3f", "mono": "#d1602b", "cross": "#2a9d8f", "hybrid": "#1f6fb4"}
@@ -262,7 +262,7 @@ def runs_table(runs: dict[str, list[Run]]) -> pd.DataFrame:
 # %% ../nbs/13_study_figures.ipynb #26d19a02
 VERDICT_COLOURS = {"reproduced": "#2a7f3f", "not reproduced": "#b03a2e", "not decidable": "0.5"}
 
-
+# %% ../nbs/13_study_figures.ipynb #c5524687
 def claims_table(rows: list[dict]) -> pd.DataFrame:
     "Claims with verdict, effect and interval, from `study.judge_all`. What all rows share (claim, encoder, benchmark, bound) is left out."
     table = pd.DataFrame([{
@@ -272,7 +272,7 @@ def claims_table(rows: list[dict]) -> pd.DataFrame:
     table = table.drop(columns=[name for name in ("claim", "encoder", "benchmark", "bound") if len(rows) > 1 and table[name].nunique() == 1])
     return table.set_index([name for name in ("claim", "encoder", "benchmark") if name in table])
 
-
+# %% ../nbs/13_study_figures.ipynb #fece4bf8
 def verdict_grid(rows: list[dict], benchmarks: dict[str, str]) -> pd.DataFrame:
     "Claims by encoder and benchmark (spelling: title): verdict and effect, for all questions."
     cells = {}
@@ -281,12 +281,7 @@ def verdict_grid(rows: list[dict], benchmarks: dict[str, str]) -> pd.DataFrame:
             cells.setdefault(row["text"], {})[row["encoder"], benchmarks[row["benchmark"]]] = f"{row['verdict']} ({row['effect']:+.3f})"
     return pd.DataFrame(cells).T.fillna("").rename_axis(index="claim", columns=["encoder", "benchmark"])
 
-
-def short_name(encoder: str, benchmark: str) -> str:
-    "Encoder and benchmark as a label."
-    return f"{encoder} on {parse_benchmark(benchmark).title}"
-
-
+# %% ../nbs/13_study_figures.ipynb #c28414ea
 def claims_plot(rows: list[dict]) -> Figure:
     "Every effect with its interval, and its verdict as a colour; one panel a claim, with its bound as a line."
     claims = {}

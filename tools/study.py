@@ -19,8 +19,7 @@ from tqdm import tqdm  # noqa: E402
 
 from hybrid_ir.experiment import RunConfig, is_complete, run_folder, slug  # noqa: E402
 from hybrid_ir.sources import cache_dir  # noqa: E402
-from hybrid_ir.study import PLANS, choose_settings, chosen_settings, describe, report_benchmarks, study_runs  # noqa: E402
-from hybrid_ir.study_figures import short_name  # noqa: E402
+from hybrid_ir.study import PLANS, choose_settings, chosen_settings, describe, report_benchmarks, short_name, study_runs  # noqa: E402
 
 RUN_PARAMETERS = ("encoder", "train", "sampler", "alpha", "batch_size", "steps", "learning_rate", "temperature", "query_length", "passage_length", "unique_ids", "dropout", "validate_every", "seed", "device", "precision")
 
