@@ -456,6 +456,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'hybrid_ir.metrics': { 'hybrid_ir.metrics.Difference': ('metrics.html#difference', 'hybrid_ir/metrics.py'),
                                    'hybrid_ir.metrics.Difference.__str__': ('metrics.html#difference.__str__', 'hybrid_ir/metrics.py'),
                                    'hybrid_ir.metrics.Estimate': ('metrics.html#estimate', 'hybrid_ir/metrics.py'),
+                                   'hybrid_ir.metrics.Estimate.__format__': ('metrics.html#estimate.__format__', 'hybrid_ir/metrics.py'),
                                    'hybrid_ir.metrics.Estimate.__str__': ('metrics.html#estimate.__str__', 'hybrid_ir/metrics.py'),
                                    'hybrid_ir.metrics.JudgedRanks': ('metrics.html#judgedranks', 'hybrid_ir/metrics.py'),
                                    'hybrid_ir.metrics.JudgedRanks.places': ('metrics.html#judgedranks.places', 'hybrid_ir/metrics.py'),

@@ -336,8 +336,7 @@ def shown_tables(
         for name in [name for name in bias if name in text.columns]:
             row = intervals[(intervals["task"] == "multi") & (intervals["measure"] == name)].iloc[0]
             if np.isfinite(row["low"]):
-                style = "{:,.1f}" if name in ("rank_distance", "worst_rank") else "{:.3f}"
-                shown.loc["macro", name] += " " + f"[{style}, {style}]".format(row["low"], row["high"])
+                shown.loc["macro", name] = format(Estimate(*row[["value", "low", "high"]]), ",.1f" if name in ("rank_distance", "worst_rank") else ".3f")
         bounds = f". Perfect rank distance {info['perfect_rank_distance']:,.0f}, expected of a random ranking {info['random_rank_distance']:,.0f}" if "rank_distance" in bias else ""
         tables.append((f"Language bias in the pool, by query language{bounds}", shown))
     return tables

@@ -194,8 +194,12 @@ class Estimate(NamedTuple):
     low: float
     high: float
 
+    def __format__(self, form):
+        low, high = f"{self.low:{form or '.3f'}}", f"{self.high:{form or '.3f'}}"
+        return f"{self.value:{form or '.3f'}} [{low},\u00a0{high}]"  # a line breaks before the interval, not within
+
     def __str__(self):
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        return format(self)
 
 
 def bootstrap_interval(

@@ -59,7 +59,7 @@ def comparison_table(scores: dict[str, list[Scores]]) -> pd.DataFrame:
     rows = {}
     for name, seeds in scores.items():
         found = {title: pooled_estimate(seeds, measure, task) for measure, task, title in panels_of(scores)}
-        rows[name] = {title: f"{e.value:.0f} [{e.low:.0f}, {e.high:.0f}]" if e.value > 2 else f"{e.value:.3f} [{e.low:.3f}, {e.high:.3f}]" for title, e in found.items()}
+        rows[name] = {title: format(estimate, ".0f" if estimate.value > 2 else ".3f") for title, estimate in found.items()}
         rows[name]["seeds"] = str(len(seeds))
     return pd.DataFrame(rows).T
 
@@ -92,7 +92,7 @@ def seeds_table(scores: dict[str, list[Scores]]) -> pd.DataFrame:
             found = seed_summary(seed_means(seeds, measure, task))
             form = "{:.0f}" if abs(found.mean) > 2 else "{:.4f}"
             rows.append({"sampler": name, "what": title, "seeds": " ".join(form.format(value) for value in found.values), "mean": form.format(found.mean), "standard deviation": form.format(found.std)})
-    return pd.DataFrame(rows, columns=["sampler", "what", "seeds", "mean", "standard deviation"])
+    return pd.DataFrame(rows, columns=["sampler", "what", "seeds", "mean", "standard deviation"]).set_index(["sampler", "what"])
 
 # %% ../nbs/13_study_figures.ipynb #5c2213c7
 def stars(p: float) -> str:
@@ -107,8 +107,8 @@ def difference_table(scores: dict[str, list[Scores]], first: str = "hybrid") -> 
         rows[f"{first} - {name}"] = {}
         for measure, task, title in panels_of(scores):
             row = compare(scores[first], scores[name], measure, task).loc["macro"]
-            form = "{:+.0f} [{:+.0f}, {:+.0f}]" if measure == "rank_distance" else "{:+.3f} [{:+.3f}, {:+.3f}]"
-            rows[f"{first} - {name}"][title] = f"{form.format(row['difference'], row['low'], row['high'])} {stars(row['p'])}".strip()
+            difference = format(Estimate(*row[["difference", "low", "high"]]), "+.0f" if measure == "rank_distance" else "+.3f")
+            rows[f"{first} - {name}"][title] = f"{difference} {stars(row['p'])}".strip()
     return pd.DataFrame(rows).T
 
 # %% ../nbs/13_study_figures.ipynb #53530358
@@ -158,19 +158,16 @@ def comparison_maps(scores: dict[str, list[Scores]], measure: str = "map", other
     level = mean_by_language(scores["hybrid"], measure)
     differences = {name: level - mean_by_language(scores[name], measure) for name in others}
     panels, size = 1 + len(others), len(level.columns)
-    if size > MANY_LANGUAGES:
-        figure, axes = new_figure(2 + 0.24 * size, (1 + 0.19 * len(level)) * panels, rows=panels)
-    else:
-        figure, axes = new_figure((2.2 + 0.36 * size) * panels, 1.4 + 0.28 * len(level), panels)
+    width, height = (0.24, 0.19) if size > MANY_LANGUAGES else (0.44, 0.26)  # inches a language
+    figure, axes = new_figure(2 + width * size, (1 + height * len(level)) * panels, rows=panels)
     axes = np.ravel(axes)
     language_map(axes[0], level, f"{measure}, hybrid")
     bound = max([0.01, *(float(np.nanmax(np.abs(table.to_numpy()))) for table in differences.values())])
     for axis, (name, table) in zip(axes[1:], differences.items()):
         language_map(axis, table, f"hybrid minus {name}", form="+.2f", cmap="vlag_r", vmin=-bound, vmax=bound)
-        axis.set_ylabel("question language" if size > MANY_LANGUAGES else "")
     for axis in axes:
         for text in axis.texts:
-            text.set_fontsize(6)
+            text.set_fontsize(6 if size > MANY_LANGUAGES else 7)
         axis.tick_params(labelsize=7)
     return figure
 
@@ -226,6 +223,7 @@ def published_plot(scores: dict[str, list[Scores]], paper: pd.DataFrame, label: 
                     axis.plot(difference, place + 0.05 + 0.2 * shift, marker, color="0.2", markersize=7, label=f"{encoder} in the paper" if place == 0 else None)
         axis.set_title(f"mAP, {task}", fontsize=10)
         axis.tick_params(labelsize=8)
+        axis.xaxis.set_major_locator(MaxNLocator(4))
     axes[0, 0].set_yticks(range(len(pairs)), [f"{first} - {second}" for first, second in pairs], fontsize=9)
     axes[0, 0].set_ylim(len(pairs) - 0.4, -0.6)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
@@ -264,12 +262,12 @@ VERDICT_COLOURS = {"reproduced": "#2a7f3f", "not reproduced": "#b03a2e", "not de
 
 # %% ../nbs/13_study_figures.ipynb #c5524687
 def claims_table(rows: list[dict]) -> pd.DataFrame:
-    "Claims with verdict, effect and interval, from `study.judge_all`. What all rows share (claim, encoder, benchmark, bound) is left out."
+    "Claims with verdict, effect and interval, from `study.judge_all`. What all rows share is left out, but for effect, seeds and verdict."
     table = pd.DataFrame([{
         "claim": row["text"], "encoder": row["encoder"], "benchmark": parse_benchmark(row["benchmark"]).title, "questions in": "all" if row["languages"] == "all" else ", ".join(row["languages"]),
-        "against": row["against"], "effect": f"{row['effect']:+.3f}\u00a0[{row['low']:+.3f},\u00a0{row['high']:+.3f}]".replace("-", "\u2212"), "bound": f"{row['bound']:g}", "seeds": row["seeds"], "verdict": row["verdict"],
+        "against": row["against"], "effect": f"{Estimate(row['effect'], row['low'], row['high']):+.3f}".replace("-", "\u2212"), "bound": f"{row['bound']:g}", "seeds": row["seeds"], "verdict": row["verdict"],
     } for row in rows])  # fmt: skip
-    table = table.drop(columns=[name for name in ("claim", "encoder", "benchmark", "bound") if len(rows) > 1 and table[name].nunique() == 1])
+    table = table.drop(columns=[name for name in ("claim", "encoder", "benchmark", "questions in", "against", "bound") if len(rows) > 1 and table[name].nunique() == 1])
     return table.set_index([name for name in ("claim", "encoder", "benchmark") if name in table])
 
 # %% ../nbs/13_study_figures.ipynb #fece4bf8
@@ -336,7 +334,7 @@ def gap_plot(comparisons: dict[str, dict[str, list[Scores]]]) -> Figure:
             within, across, gap = (pooled_estimate(seeds, "map", task) for task in ("mono", "cross", "gap"))
             axis.hlines(place, across.value, within.value, color=colour_of(name), linewidth=5, alpha=0.5)
             axis.plot([across.value, within.value], [place, place], "o", color=colour_of(name), markersize=5)
-            axis.text(within.value + 0.01, place, f"{gap.value:.3f} [{gap.low:.3f}, {gap.high:.3f}]", fontsize=7.5, va="center")
+            axis.text(within.value + 0.01, place, str(gap), fontsize=7.5, va="center")
         axis.set_yticks(range(len(scores)), list(scores), fontsize=9)
         axis.set_ylim(len(scores) - 0.4, -0.6)
         axis.set_xlim(None, axis.get_xlim()[1] + 0.42 * (axis.get_xlim()[1] - axis.get_xlim()[0]))

@@ -86,8 +86,11 @@ FOLD = re.compile(r"\A#\| code-fold: show\n#\| code-summary: .*\n")
 LONG = 20  # lines of an exported cell
 
 
-def fold(cell: dict) -> None:
-    "Fold the source under a signature, and imports. Constants stay in view, unless they stand in a long cell of functions or classes."
+def fold(cell: dict, report: bool) -> None:
+    "Fold all code of a report; else the source under a signature, and imports. Constants stay in view, unless they stand in a long cell of functions or classes."
+    if report and cell["cell_type"] == "code":
+        cell["source"] = f"#| code-fold: true\n#| code-summary: \"Code\"\n{read_source(cell)}"
+        return
     code, folded = FOLD.subn("", read_source(cell))
     if cell["cell_type"] == "code" and folded:
         try:
@@ -133,8 +136,24 @@ def split_head(cells: list[dict]) -> list[dict]:
 
 
 def processors(module: str | None) -> type:
-    "nbdev's processors; but signatures come from the exported module, where nbdev would run cells of the notebook."
-    from nbdev.processors import FilterDefaults, exec_show_docs
+    "nbdev's processors; but signatures come from the exported module, where nbdev would run cells of the notebook, and stand in its order."
+    from nbdev.processors import FilterDefaults, add_show_docs, exec_show_docs, mv_exports
+
+    class signatures(add_show_docs):
+        "The signatures of an exported cell in the order of its definitions, with full names, above the source."
+
+        def begin(self):
+            super().begin()
+            cells, place = [], 0
+            for cell in self.nb.cells:
+                if getattr(cell, "has_sd", False):  # nbdev puts them below, the last one first
+                    name = re.fullmatch(r"show_doc\((.+)\)", cell.source).group(1)
+                    cell.source = f"show_doc({name}, name={name!r})"
+                    cells.insert(place, cell)
+                else:
+                    place = len(cells)
+                    cells.append(cell)
+            self.nb.cells[:] = cells
 
     class read_show_docs(exec_show_docs):
         def begin(self):
@@ -150,7 +169,8 @@ def processors(module: str | None) -> type:
 
     class Processors(FilterDefaults):
         def base_procs(self):
-            return [read_show_docs if proc is exec_show_docs else proc for proc in super().base_procs()]
+            ours = {add_show_docs: signatures, exec_show_docs: read_show_docs}
+            return [ours.get(proc, proc) for proc in super().base_procs() if proc is not mv_exports]
 
     return Processors
 
@@ -182,7 +202,7 @@ def stage_notebook(source: Path, stage: Path) -> None:
             cell.source = re.sub(r"^output-file:.*\n", "", cell.source, flags=re.M)
             if NUMBER.match(source.name):  # nbdev's titles are module names; a sidebar reads better in one style
                 cell.source = re.sub(r"^(title: ['\"]?)(\w)", lambda m: m.group(1) + m.group(2).upper(), cell.source, flags=re.M)
-        fold(cell)
+        fold(cell, report=source.is_relative_to(REPORTS))
         finish_cell(cell, source)
     write_nb(nb, target)
 
