@@ -18,7 +18,7 @@ help:
 	@echo "make test    every reference notebook, and all tests"
 	@echo "make study   every run of the study that is missing, and all reports (hours on a CPU; can be stopped and continued)"
 	@echo "make reports all reports of the study from the runs that are complete"
-	@echo "make speed   measurements beside other libraries: speed/results"
+	@echo "make speed   measurements beside other libraries: speed/results (hours, 20 GB of free disk)"
 	@echo "make docs    the web site, in _docs"
 	@echo "make readme  README.md from nbs/index.ipynb"
 	@echo "make lab     the notebooks in JupyterLab"

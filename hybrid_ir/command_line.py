@@ -168,12 +168,14 @@ def evaluate_command(options: argparse.Namespace) -> tuple[dict, str]:
     from hybrid_ir.experiment import parse_benchmark, select
     from hybrid_ir.metrics import parse_measure
     from hybrid_ir.sources import choose_all
+    from hybrid_ir.training import check_number
 
     check_encoder_name(options.encoder)
     choices = {name: parse_benchmark(name) for name in words(options.benchmarks)}
     measures, tasks = words(options.measures), choose_all("task", options.tasks and words(options.tasks), TASKS)
     for measure in measures:
         parse_measure(measure)
+    check_number("k", options.k, 0, whole=True)
     benchmarks = {name: load_benchmark(choice.name, choice.languages, context=choice.context) for name, choice in choices.items()}
     overrides = {name: getattr(options, name) for name in ENCODER_OPTIONS if getattr(options, name) is not None}
     encoder, found, texts = load_encoder(options.encoder, options.device, options.precision, **overrides), {}, []

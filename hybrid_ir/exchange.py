@@ -9,6 +9,7 @@ __all__ = ['source_facts', 'pairs_to_dataset', 'rows_to_dataset', 'grouped_recor
            'prepare_upload', 'push_to_hub']
 
 # %% ../nbs/15_exchange.ipynb #a545b7b3
+import csv
 import json
 import shutil
 import tempfile
@@ -82,7 +83,7 @@ def dataset_to_pairs(
     dataset,  # datasets.Dataset, or a DatasetDict of several training sets
     name: str = "dataset",  # of the training set
 ) -> ParallelPairs:
-    "Pairs from rows {id, language, query, passage, ...}, or from rows {id, query: {language: text}, passage: {language: text}, ...}."
+    "Pairs from rows {id, language, query, passage, ...}, or from rows {id, query: {language: text}, passage: {language: text}, ...}. Raises `ValueError` for a missing column or a record that is none."
     if isinstance(dataset, datasets.DatasetDict):
         return ParallelPairs.concat([dataset_to_pairs(part, name) for name, part in dataset.items()])
     for column in ("id", "query", "passage"):
@@ -169,7 +170,7 @@ def save_beir(
     folder,  # made if missing; one folder for each language is written into it
     split: str = "test",  # name of the judgements' file
 ) -> Path:
-    "Write a benchmark as folders in BEIR layout; `load_benchmark(folder)` reads it back."
+    "Write a benchmark as folders in BEIR layout; `load_benchmark(folder)` reads it back (a `pooled` one: `load_beir(folder, pooled=True)`). Raises `ValueError` for a passage name that would mean two passages."
     folder, languages = Path(folder), benchmark.queries["lang"].to_numpy()[benchmark.judgement_queries]
     ids = benchmark.queries["id"].to_numpy()[benchmark.judgement_queries]
     named = pd.DataFrame({"query-id": ids, "corpus-id": beir_names(benchmark, languages, benchmark.judgement_passages), "score": benchmark.judgement_grades})
@@ -178,7 +179,7 @@ def save_beir(
         (place / "qrels").mkdir(parents=True, exist_ok=True)
         write_beir_texts(place / "corpus.jsonl", benchmark.passages[benchmark.passage_slices[language]])
         write_beir_texts(place / "queries.jsonl", benchmark.queries[benchmark.query_slices[language]])
-        named[languages == language].to_csv(place / "qrels" / f"{split}.tsv", sep="\t", index=False)
+        named[languages == language].to_csv(place / "qrels" / f"{split}.tsv", sep="\t", index=False, quoting=csv.QUOTE_NONE)
     return folder
 
 # %% ../nbs/15_exchange.ipynb #e41055bb
@@ -187,7 +188,7 @@ def write_trec_qrels(
     path,  # the file to write: `query 0 passage grade` per line
 ):
     "Write judgements in the format of trec_eval."
-    qrels.assign(iteration=0)[["query_id", "iteration", "doc_id", "relevance"]].to_csv(path, sep=" ", header=False, index=False)
+    qrels.assign(iteration=0)[["query_id", "iteration", "doc_id", "relevance"]].to_csv(path, sep=" ", header=False, index=False, quoting=csv.QUOTE_NONE)
 
 
 def task_qrels(
@@ -228,7 +229,8 @@ def cross_run(
     passage_embeddings,  # [n_passages, dim], rows as in benchmark.passages
     k: int = 100,  # passages of each ranking
 ) -> pd.DataFrame:  # columns query_id, doc_id, score, rank
-    "Rankings of each query in each other language, named `language:id@language`."
+    "Rankings of each query in each other language, named `language:id@language`. Raises `ValueError` for a benchmark without answers across languages."
+    choose(f"task of {benchmark.name}", "cross", benchmark.tasks)
     query_names, passage_names = (retrieval.trec_names(list(table["lang"]), list(table["id"])) for table in (benchmark.queries, benchmark.passages))
     runs = []
     for query_language, queries in benchmark.query_slices.items():
@@ -292,7 +294,7 @@ def mteb_task(
     benchmark: Benchmark,
     tasks=("mono",),  # mono, cross, multi or several
 ):  # an instance of a subclass of mteb's AbsTaskRetrieval
-    "The benchmark as a retrieval task of mteb: `mteb.evaluate(model, mteb_task(benchmark), cache=None)`."
+    "The benchmark as a retrieval task of mteb: `mteb.evaluate(model, mteb_task(benchmark), cache=None)`. Raises `ImportError` without mteb, `ValueError` for a task or language that it cannot have."
     try:
         from mteb.abstasks.retrieval import AbsTaskRetrieval
         from mteb.abstasks.task_metadata import TaskMetadata
@@ -355,7 +357,7 @@ def push_to_hub(
     message: str = "Encoder, card and report",
     **options,  # of `model_card`: license, title, ...
 ) -> str:  # address of the commit
-    "Send an encoder, its card and its report to a hub, in one commit."
+    "Send an encoder, its card and its report to a hub, in one commit. Raises what `prepare_upload` raises, before anything is sent, and the hub's own errors."
     from huggingface_hub import HfApi
     from huggingface_hub.utils import validate_repo_id
 

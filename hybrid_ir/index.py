@@ -12,8 +12,10 @@ __all__ = ['MANIFEST', 'COLUMNS', 'DTYPES', 'PART_MEMORY', 'LISTS', 'PARAMETERS'
            'recall_table', 'Searcher']
 
 # %% ../nbs/17_corpus_index.ipynb #74dd2f06
+import ctypes
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -58,11 +60,12 @@ def refuse_difference(
     found: dict,  # what the folder says
     expected: dict,  # what is asked for
     what: str,  # what the folder belongs to, for the message
+    remedy: str = "use another folder, or remove it",  # for the message
 ):
     "Raise `ValueError`, with each difference, unless `found` has all of `expected`."
     differing = [f"{key}: {found.get(key)!r} there, {value!r} now" for key, value in expected.items() if found.get(key) != value]
     if differing:
-        raise ValueError(f"{folder} belongs to {what} ({'; '.join(differing)}); use another folder, or remove it")
+        raise ValueError(f"{folder} belongs to {what} ({'; '.join(differing)}); {remedy}")
 
 # %% ../nbs/17_corpus_index.ipynb #d99ffd2b
 COLUMNS = ("id", "lang", "text")
@@ -148,6 +151,7 @@ def corpus_shards(
     if isinstance(corpus, pd.DataFrame):
         corpus = Dataset.from_pandas(corpus, preserve_index=False)
     if isinstance(corpus, Dataset):
+        corpus = corpus.with_format(None)
         for number in range(process, -(-len(corpus) // size), processes):
             yield number, as_rows(corpus[number * size : (number + 1) * size], number * size)
         return
@@ -170,7 +174,7 @@ def shard_is_done(
         tqdm.write(f"{error}: now")
         return False
     if entry and entry["texts"] != texts_hash(rows):
-        raise ValueError(f"{folder} belongs to another corpus: shard {number} has other texts than rows {number * len(rows['text']):,} ff. now; use another folder, or remove it")
+        raise ValueError(f"{folder} belongs to another corpus: shard {number} has other texts than the corpus now; use another folder, or remove it")
     return entry is not None
 
 # %% ../nbs/17_corpus_index.ipynb #daf8e4eb
@@ -196,8 +200,9 @@ def claim_vectors(
 # %% ../nbs/17_corpus_index.ipynb #e0d86f31
 def finish_vectors(
     folder,
+    rows: int | None = None,  # length of the corpus, where it is known
 ) -> dict:  # the complete manifest
-    "Write into the manifest how many shards and rows there are, and the fingerprints of texts and vectors."
+    "Write into the manifest how many shards and rows there are, and the fingerprints of texts and vectors. Raises `ValueError` if they are not those of the corpus."
     folder, entries = Path(folder), []
     while entry := read_shard_entry(folder, len(entries)):
         entries.append(entry)
@@ -207,6 +212,8 @@ def finish_vectors(
         done[name] = hashlib.sha256("".join(hashes).encode()).hexdigest()
     if any(manifest.get(key, value) != value for key, value in done.items()):
         raise ValueError(f"{folder} was complete with {manifest['rows']:,} rows, and now has other shards; remove it and encode again")
+    if rows is not None and done["rows"] != rows:
+        raise ValueError(f"{folder} has {done['rows']:,} rows, and this corpus {rows:,}: another corpus was begun there; use another folder, or remove it")
     if done["rows"] == 0:
         raise ValueError("the corpus is empty")
     write_json(folder / MANIFEST, manifest | done)
@@ -231,10 +238,12 @@ def encode_corpus(
     kind: str = "passage",  # "query" or "passage": decides prefix and length
     progress: bool = True,  # show a progress bar
 ) -> "Vectors":
-    "Encode a corpus to disk. Started again after a stop, it goes on at the first missing shard. Raises `ValueError` if the folder is of another encoder or corpus."
+    "Encode a corpus to disk. Started again after a stop, it goes on at the first missing shard. Raises `ValueError` if the folder is of another encoder or corpus, `TypeError` or `ValueError` for a row without a text."
     choose("dtype", dtype, DTYPES), choose("kind of text", kind, KINDS)
     if not isinstance(shard_size, int) or shard_size < 1:
         raise ValueError(f"shard_size must be a whole number of at least 1, got {shard_size!r}")
+    if isinstance(corpus, (str, dict)):  # a DatasetDict is a dict
+        raise TypeError(f"a corpus is a list, a data frame, a `datasets.Dataset` or an iterable of rows, not a {type(corpus).__name__}; of a DatasetDict give one split")
     folder, state, rows = Path(folder), PartialState(cpu=encoder.device.type == "cpu"), len(corpus) if hasattr(corpus, "__len__") else None
     if state.num_processes > 1:
         encoder.to(state.device)
@@ -251,7 +260,7 @@ def encode_corpus(
     state.wait_for_everyone()
     with state.main_process_first():
         if state.is_main_process:
-            finish_vectors(folder)
+            finish_vectors(folder, rows)
     return Vectors(folder)
 
 # %% ../nbs/17_corpus_index.ipynb #fa4a8f77
@@ -371,7 +380,7 @@ def search(
     device="cpu",  # where the products run
     progress: bool = False,  # show a progress bar
 ) -> tuple[np.ndarray, np.ndarray]:  # rows int64 and scores float32 [n_queries, k]
-    "Exact search: the passages with the highest inner product, best first. Memory does not grow with the corpus."
+    "Exact search: the passages with the highest inner product, best first. Memory does not grow with the corpus. Raises `ValueError` for queries of another width, or a `k` below 1."
     queries = check_queries(queries, self.dim, k).to(device)
     best = np.empty((len(queries), 0), np.int64), np.empty((len(queries), 0), np.float32)
     with full_precision():
@@ -395,7 +404,8 @@ def make_index(
     dim: int,
 ) -> faiss.Index:  # empty, for inner products
     "An empty index. Raises `ValueError` for a factory string that FAISS cannot read for this width, or that cannot be built shard by shard."
-    examples = "valid ones are, for example: Flat, HNSW32, IVF1024,Flat, IVF1024,SQ8, IVF1024,PQ48, OPQ48,IVF1024,PQ48"
+    pieces = math.gcd(dim, 64)  # the pieces of a code must divide the width
+    examples = f"valid ones are, for example: Flat, HNSW32, IVF1024,Flat, IVF1024,SQ8, IVF1024,PQ{pieces}, OPQ{pieces},IVF1024,PQ{pieces}"
     if re.search(r"IDMap|RFlat|Refine|fs", str(factory)):
         raise ValueError(f"factory {factory!r}: IDMap, RFlat, Refine and fast-scan (fs) cannot be built here; {examples}")
     try:
@@ -462,6 +472,7 @@ def without_native_messages():
     try:
         yield
     finally:
+        ctypes.CDLL(None if os.name == "posix" else "msvcrt").fflush(None)  # C keeps back what it prints into a file or a pipe
         os.dup2(kept, 1)
         os.close(kept), os.close(nowhere)
 
@@ -529,7 +540,7 @@ def build_index(
     memory: int = PART_MEMORY,  # bytes for one part of an index with inverted lists
     progress: bool = True,  # show progress bars
 ) -> "FaissIndex":
-    "Build a FAISS index on disk, or open it if it is complete. Started again after a stop, it goes on."
+    "Build a FAISS index on disk, or open it if it is complete. Started again after a stop, it goes on. Raises `ValueError` for a factory that cannot be built, too few vectors to train on, or a folder of another index; `DamagedShard` for damaged vectors."
     index = make_index(factory, vectors.dim)
     ivf, needs = inverted_lists(index), training_needs(index)
     training_rows = min(len(vectors), training_rows or max(50_000, 50 * (ivf.nlist if ivf else 0)))
@@ -574,7 +585,7 @@ class FaissIndex:
         if "seconds" not in self.manifest:
             raise FileNotFoundError(f"{self.folder} has no complete index; call build_index")
         self.vectors = Vectors(self.folder.parents[1])
-        refuse_difference(self.folder, self.vectors.manifest, self.manifest["vectors"], "other vectors")
+        refuse_difference(self.folder, self.manifest["vectors"], self.vectors.manifest, "other vectors")
         self.index = open_mapped(self.folder, bool(inverted_lists(make_index(self.manifest["factory"], self.vectors.dim))))
 
     def __len__(self) -> int:
@@ -604,9 +615,9 @@ def search(
     queries,  # float [n_queries, dim]
     k: int = 10,  # passages per query
     rescore: int = 0,  # candidates to score again with the exact vectors; 0 for none
-    **parameters,  # nprobe, efSearch, quantizer_efSearch
+    **parameters,  # nprobe, efSearch, quantizer_efSearch; they stay set for later searches
 ) -> tuple[np.ndarray, np.ndarray]:  # rows int64 and scores float32 [n_queries, k]; row -1 where fewer were found
-    "Approximate search, best first, of equal ones the first row."
+    "Approximate search, best first, of equal ones the first row. Raises `ValueError` for queries of another width, or a `k` below 1."
     queries, k = check_queries(queries, self.vectors.dim, k).numpy(), min(k, len(self))
     self.set(**parameters)
     scores, rows = self.index.search(queries, min(max(k, rescore), len(self)))
@@ -624,7 +635,7 @@ def recall_at(
     exact,  # int [n_queries, >= k] rows of the exact search, best first
     k: int,
 ) -> float:
-    "Mean share of the exact `k` best rows that are among the first `k` found."
+    "Mean share of the exact `k` best rows that are among the first `k` found. Raises `ValueError` for fewer than `k` exact rows."
     found, exact = np.asarray(found)[:, :k], np.asarray(exact)[:, :k]
     if len(found) != len(exact) or exact.shape[1] < k:
         raise ValueError(f"recall at {k} needs {k} exact rows for each query found: got {exact.shape} exact and {found.shape} found")
@@ -634,7 +645,7 @@ def recall_at(
 def recall_table(
     index: FaissIndex,
     queries,  # float [n_queries, dim]
-    settings: list[dict],  # arguments of `search`: [{"nprobe": 1}, {"nprobe": 8, "rescore": 100}]
+    settings: list[dict],  # arguments of `search`: [{"nprobe": 1}, {"nprobe": 8, "rescore": 100}]; name nprobe in each, since it stays set
     ks=(1, 10),
     exact=None,  # rows of the exact search, if they are known
 ) -> pd.DataFrame:
@@ -664,7 +675,7 @@ class Searcher:
         manifest = self.vectors.manifest
         self.encoder = encoder or load_encoder(**manifest["encoder"])
         expected = encoder_identity(self.encoder, manifest["kind"])
-        refuse_difference(self.vectors.folder, manifest, expected, "another encoder")
+        refuse_difference(self.vectors.folder, manifest, expected, "another encoder", "give the one that made the vectors: Searcher(folder, encoder)")
 
     def search(
         self,
@@ -672,7 +683,7 @@ class Searcher:
         k: int = 5,  # passages per question
         **parameters,  # of the search in an index: nprobe, efSearch, rescore
     ) -> pd.DataFrame:  # score, lang, id, text; for a list, question as well
-        "The best passages, best first."
+        "The best passages, best first. Raises `TypeError` or `ValueError` for a question without text, `ValueError` for parameters without an index."
         texts = check_texts([questions] if isinstance(questions, str) else questions, "question")
         if parameters and self.index is None:
             raise ValueError(f"exact search has no parameters, got {', '.join(parameters)}")

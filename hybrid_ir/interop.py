@@ -146,8 +146,10 @@ def language_pairs(
     passage: str = "passage",  # column: its passage, null where the row has none
     negatives=(),  # columns: one hard negative of the row's question each, in the language of the row
 ) -> datasets.Dataset:
-    "A dataset {anchor, positive, ...} of every question with the passage of the same id in every language: what `HybridBatchSampler` draws from."
+    "A dataset {anchor, positive, ...} of every question with the passage of the same id in every language: what `HybridBatchSampler` draws from. Raises `ValueError` for a missing column, an id with two rows in one language, or a row without a negative."
     if isinstance(dataset, ParallelPairs):
+        if negatives:
+            raise ValueError("negatives are columns of a datasets.Dataset; ParallelPairs have none of that form")
         index, texts = dataset, dataset.table
     else:
         check_negatives(dataset, negatives)
@@ -177,7 +179,7 @@ def find_pair_texts(
 
 # %% ../nbs/14_sentence_transformers.ipynb #b7232680
 class HybridBatchSampler(torch.utils.data.BatchSampler):
-    "A batch sampler for `SentenceTransformerTrainer`: give the class, or a `functools.partial` of it, as `batch_sampler`."
+    "A batch sampler for `SentenceTransformerTrainer`: give the class, or a `functools.partial` of it, as `batch_sampler`. Raises `ValueError` for a dataset that is not from `language_pairs`, and for a batch that the data cannot fill."
 
     def __init__(
         self,
@@ -248,7 +250,7 @@ def to_sentence_transformer(
     encoder: Encoder,
     folder=None,  # from `Encoder.save`, to read the weights from; None: a temporary one
 ):  # a SentenceTransformer with weights of its own, on the device of the encoder
-    "The encoder as a `SentenceTransformer`."
+    "The encoder as a `SentenceTransformer`. Raises `ImportError` without sentence-transformers."
     st = import_sentence_transformers()
     from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 
@@ -446,7 +448,7 @@ def model_card(
     title: str | None = None,
     place: str = "path/to/this/folder",  # folder or hub name, for the example
 ) -> str:
-    "The README.md of an encoder: metadata of the hub, training data, sampler, results with intervals, licence."
+    "The README.md of an encoder: metadata of the hub, training data, sampler, results with intervals, licence. Raises `ValueError` where the licence is neither given nor known."
     license, config = weights_license(encoder.config.name, license), encoder.config
     if run is not None:
         scores, before, data, training = list(run.after.values()), list(run.before.values()), run.metrics["pairs"], asdict(run.config.options())

@@ -9,6 +9,7 @@ __all__ = ['BLOCK_MEMORY', 'as_matrix', 'queries_per_block', 'full_precision', '
            'count_by_language', 'trec_names', 'trec_run', 'trec_qrels', 'write_trec_run']
 
 # %% ../nbs/07_retrieval.ipynb #62201d55
+import csv
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -359,4 +360,4 @@ def write_trec_run(
 ):
     "Write a run in the format of trec_eval."
     lines = pd.DataFrame({"query": run["query_id"], "q0": "Q0", "passage": run["doc_id"], "rank": run["rank"], "score": run["score"].map("{:.9g}".format), "tag": tag})
-    lines.to_csv(path, sep=" ", header=False, index=False)
+    lines.to_csv(path, sep=" ", header=False, index=False, quoting=csv.QUOTE_NONE)

@@ -61,7 +61,7 @@ def search(folder: Path, factory: str, queries: np.ndarray, settings: list[dict]
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--rows", type=int, default=10_000_000)
     parser.add_argument("--dim", type=int, default=384)
     parser.add_argument("--shard-size", type=int, default=100_000)
     parser.add_argument("--factories", nargs="+", default=["IVF1024,PQ48"])

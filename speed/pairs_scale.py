@@ -111,7 +111,7 @@ def with_peak(step, folder, rows) -> dict:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=4_000_000)
+    parser.add_argument("--rows", type=int, default=40_000_000)
     parser.add_argument("--folder", type=Path, default=Path("pairs_scale"))
     parser.add_argument("--keep", action="store_true", help="leave the set in its folder, for another run")
     options = parser.parse_args()

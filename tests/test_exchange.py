@@ -44,8 +44,8 @@ def tiny_folder(tmp_path_factory):
 
 
 def graded_benchmark() -> Benchmark:
-    "Grades, a language without passages, ids that repeat across languages."
-    passages = pd.DataFrame([(f"p{number}", language, f"{language} passage {number}") for language in ("de", "en", "fi") for number in range(30)], columns=["id", "lang", "text"])
+    "Grades, a language without passages, ids that repeat across languages and hold a quotation mark."
+    passages = pd.DataFrame([(f'p"{number}', language, f"{language} passage {number}") for language in ("de", "en", "fi") for number in range(30)], columns=["id", "lang", "text"])
     queries = pd.DataFrame([(f"q{number}", language, f"{language} query {number}") for language in ("bn", "de", "en", "fi") for number in range(8)], columns=["id", "lang", "text"])
     draw = np.random.default_rng(0)
     judged = {(query, int(passage)) for query in range(len(queries)) for passage in draw.choice(len(passages), 4, replace=False)}
@@ -111,6 +111,10 @@ def test_ir_measures_agrees_query_by_query(tmp_path):
                 compared += 1
     assert compared == len(MEASURES) * len(scores.per_query) > 200
     assert (tmp_path / "multi.run").read_text().count("\n") == len(benchmark.queries) * len(benchmark.passages)
+    judged = pd.DataFrame({"query": benchmark.judgement_queries, "passage": benchmark.judgement_passages, "grade": benchmark.judgement_grades})
+    own = judged[benchmark.queries["lang"].to_numpy()[judged["query"]] == benchmark.passages["lang"].to_numpy()[judged["passage"]]]
+    with pytest.raises(ValueError, match="cross"):
+        cross_run(Benchmark("own", benchmark.passages, benchmark.queries, own), *vectors)
     scores.save(tmp_path / "saved")
     with pytest.raises(ValueError, match="have no rankings"):
         save_trec(Scores.load(tmp_path / "saved"), tmp_path / "none")

@@ -1,6 +1,6 @@
 """Nothing lost: what is promised, what goes wrong, what happens. Each test leaves a row for the page "Nothing lost".
 
-The long run: `HYBRID_IR_FAULTS=reports/faults.json HYBRID_IR_LONG=1 HYBRID_IR_FUZZ=1100 pytest tests/test_faults.py tests/test_fuzz.py`
+The long run: `HYBRID_IR_FAULTS=reports/faults.json HYBRID_IR_LONG=1 HYBRID_IR_FUZZ=1250 pytest tests/test_faults.py tests/test_fuzz.py`
 """
 
 import hashlib

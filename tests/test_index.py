@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from tiny import save_tiny
 
 from hybrid_ir import index
@@ -108,6 +108,8 @@ def test_killed_while_writing_and_continued(encoded, encoder, tiny, passages, tm
     with pytest.raises(FileNotFoundError, match="not complete .2 shards so far.*goes on"):
         Vectors(folder)
     first = (folder / "00001.npy").stat().st_mtime_ns
+    with pytest.raises(ValueError, match=f"this corpus {SIZE}: another corpus"):
+        encode_corpus(encoder, passages[:SIZE], folder, SIZE, progress=False)
     encode_corpus(encoder, passages, folder, SIZE, progress=False)
     assert contents(folder) == contents(encoded.folder) and (folder / "00001.npy").stat().st_mtime_ns == first
 
@@ -166,6 +168,8 @@ def test_other_texts_and_other_encoders_are_refused(copy, encoded, encoder, tiny
     for use in (lambda: encode_corpus(other, passages, copy, SIZE, progress=False), lambda: Searcher(copy, other)):
         with pytest.raises(ValueError, match="weights"):
             use()
+    with pytest.raises(ValueError, match=r"give the one that made the vectors: Searcher\(folder, encoder\)"):
+        Searcher(copy, other)
     assert contents(copy) == contents(encoded.folder)
 
 
@@ -178,6 +182,9 @@ def test_wrong_arguments_and_rows_are_named(encoder, tmp_path):
         encode_corpus(encoder, ["one", "two", " "], tmp_path / "empty", 2, progress=False)
     with pytest.raises(ValueError, match="no column 'text'"):
         encode_corpus(encoder, Dataset.from_dict({"body": ["one"]}), tmp_path / "column", progress=False)
+    for corpus in (DatasetDict(train=Dataset.from_dict({"text": ["one"]})), "one"):
+        with pytest.raises(TypeError, match="one split"):
+            encode_corpus(encoder, corpus, tmp_path / "split", progress=False)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("do not touch")
     with pytest.raises(ValueError, match="not empty"):

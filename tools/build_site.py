@@ -24,6 +24,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import yaml
+from readme import LINK
 
 ROOT = Path(__file__).resolve().parents[1]
 NBS, REPORTS = ROOT / "nbs", ROOT / "reports"
@@ -48,9 +49,6 @@ def site_path(path: Path) -> Path:
         if path.suffix == ".ipynb":
             path = path.with_name(NUMBER.sub("", path.name))
     return path
-
-
-LINK = re.compile(r"(\]\()([^)\s]+)(\)|\s)|((?:src|href)=\")([^\"]+)(\")")
 
 
 def relink(text: str, source: Path, stage: Path) -> str:

@@ -17,9 +17,10 @@ import nbformat  # noqa: E402
 import papermill  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+from hybrid_ir.command_line import study_matrix  # noqa: E402
 from hybrid_ir.experiment import RunConfig, is_complete, run_folder, slug  # noqa: E402
-from hybrid_ir.sources import cache_dir  # noqa: E402
-from hybrid_ir.study import PLANS, choose_settings, chosen_settings, describe, report_benchmarks, short_name, study_runs  # noqa: E402
+from hybrid_ir.sources import cache_dir, whole_file  # noqa: E402
+from hybrid_ir.study import PLANS, choose_settings, describe, report_benchmarks, short_name, study_runs  # noqa: E402
 
 RUN_PARAMETERS = ("encoder", "train", "sampler", "alpha", "batch_size", "steps", "learning_rate", "temperature", "query_length", "passage_length", "unique_ids", "dropout", "validate_every", "seed", "device", "precision")
 
@@ -27,15 +28,17 @@ RUN_PARAMETERS = ("encoder", "train", "sampler", "alpha", "batch_size", "steps",
 def execute(notebook: str, output: Path, parameters: dict, show: bool = True, title: str = ""):
     "Run a notebook with papermill; what it prints to the error stream (progress bars) is shown. A title takes the place of the notebook's own."
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_suffix(".tmp.ipynb")
+    temporary = cache_dir() / "study" / "drafts" / f"{output.parent.name}-{output.name}"
+    temporary.parent.mkdir(parents=True, exist_ok=True)
     streams = {"stderr_file": sys.stderr} if show else {}
     executed = papermill.execute_notebook(f"nbs/{notebook}", str(temporary), parameters=parameters, progress_bar=False, **streams)
     executed.metadata.papermill.output_path = output.as_posix()
     if title:
         heading = next(cell for cell in executed.cells if cell.source.startswith("# "))
         heading.source = re.sub("^# .*", f"# {title}", heading.source)
-    nbformat.write(executed, temporary)
-    temporary.replace(output)
+    with whole_file(output) as path:
+        nbformat.write(executed, path)
+    temporary.unlink()
 
 
 def compute(config: RunConfig):
@@ -63,25 +66,21 @@ def main():
     parser.add_argument("--reports", action="store_true", help="render the reports from the runs that are complete, compute nothing")
     options = parser.parse_args()
     encoders = options.encoder or list(PLANS)
+    if options.list:
+        rows = study_matrix(encoders, options.only, Path("reports"))
+        print(*(f"{'complete' if row['complete'] else 'missing ':8}  {row['run']}" for row in rows), sep="\n")
+        print(f"{sum(row['complete'] for row in rows)} of {len(rows)} complete")
+        return
     if not options.reports:
-        runs = []
-        for encoder in encoders:
-            settings = chosen_settings(encoder) or {} if options.list else choose_settings(PLANS[encoder])
-            runs += study_runs(PLANS[encoder], settings)
-        runs = [config for config in runs if re.search(options.only, describe(config))]
-        done = [is_complete(config) for config in runs]
-        if options.list:
-            print("\n".join(f"{'complete' if complete else 'missing ':8}  {describe(config)}" for config, complete in zip(runs, done)))
-            print(f"{sum(done)} of {len(runs)} complete")
-            return
-        missing = [config for config, complete in zip(runs, done) if not complete]
+        runs = [config for encoder in encoders for config in study_runs(PLANS[encoder], choose_settings(PLANS[encoder])) if re.search(options.only, describe(config))]
+        missing = [config for config in runs if not is_complete(config)]
         print(f"{len(runs) - len(missing)} of {len(runs)} runs are complete")
         for config in tqdm(missing, desc="study", unit="run"):
             started = time.time()
             print(f"\n{describe(config)}", flush=True)
             compute(config)
             print(f"\ncomplete after {(time.time() - started) / 60:.1f} minutes", flush=True)
-    if not options.only:
+    if options.reports or not options.only:
         render_reports(encoders)
 
 
