@@ -303,10 +303,11 @@ def unseen_languages(encoder: str, benchmark_languages) -> tuple[str, ...]:
 
 
 def judge_all(comparison: Comparison) -> list[dict]:
-    "Every claim that a comparison can decide: on all questions, on those in unseen languages, and the gap."
+    "Every claim that a comparison can decide: on all questions, on those in unseen languages where they are a part of them, and the gap."
     found = [judge(claim, comparison) for claim in (*CLAIMS, *GAP_CLAIMS)]
-    unseen = unseen_languages(comparison.encoder, comparison.scores["untouched"][0].info["languages"])
-    found += [judge(claim, comparison, unseen) for claim in CLAIMS if unseen]
+    languages = comparison.scores["untouched"][0].info["languages"]
+    unseen = unseen_languages(comparison.encoder, languages)
+    found += [judge(claim, comparison, unseen) for claim in CLAIMS if 0 < len(unseen) < len(languages)]
     return [row for row in found if row]
 
 

@@ -267,8 +267,9 @@ def claims_table(rows: list[dict]) -> pd.DataFrame:
         "claim": row["text"], "encoder": row["encoder"], "benchmark": parse_benchmark(row["benchmark"]).title, "questions in": "all" if row["languages"] == "all" else ", ".join(row["languages"]),
         "against": row["against"], "effect": f"{Estimate(row['effect'], row['low'], row['high']):+.3f}".replace("-", "\u2212"), "bound": f"{row['bound']:g}", "seeds": row["seeds"], "verdict": row["verdict"],
     } for row in rows])  # fmt: skip
-    table = table.drop(columns=[name for name in ("claim", "encoder", "benchmark", "questions in", "against", "bound") if len(rows) > 1 and table[name].nunique() == 1])
-    return table.set_index([name for name in ("claim", "encoder", "benchmark") if name in table])
+    shared = [name for name in ("claim", "encoder", "benchmark", "questions in", "against", "bound") if len(rows) > 1 and table[name].nunique() == 1]
+    index = [name for name in ("claim", "encoder", "benchmark") if name not in shared] or ["claim"]
+    return table.set_index(index).drop(columns=[name for name in shared if name not in index])
 
 # %% ../nbs/13_study_figures.ipynb #fece4bf8
 def verdict_grid(rows: list[dict], benchmarks: dict[str, str]) -> pd.DataFrame:
