@@ -101,14 +101,14 @@ def stars(p: float) -> str:
 
 
 def difference_table(scores: dict[str, list[Scores]], first: str = "hybrid") -> pd.DataFrame:
-    "`first` minus every other row: difference [interval] and stars, one column a panel."
+    "`first` minus every other row: difference, stars and [interval], one column a panel."
     rows = {}
     for name in [name for name in scores if name != first]:
         rows[f"{first} - {name}"] = {}
         for measure, task, title in panels_of(scores):
             row = compare(scores[first], scores[name], measure, task).loc["macro"]
-            difference = format(Estimate(*row[["difference", "low", "high"]]), "+.0f" if measure == "rank_distance" else "+.3f")
-            rows[f"{first} - {name}"][title] = f"{difference} {stars(row['p'])}".strip()
+            value, interval = format(Estimate(*row[["difference", "low", "high"]]), "+.0f" if measure == "rank_distance" else "+.3f").split(" ")
+            rows[f"{first} - {name}"][title] = f"{value}{stars(row['p'])} {interval}"
     return pd.DataFrame(rows).T
 
 # %% ../nbs/13_study_figures.ipynb #53530358
@@ -261,15 +261,14 @@ def runs_table(runs: dict[str, list[Run]]) -> pd.DataFrame:
 VERDICT_COLOURS = {"reproduced": "#2a7f3f", "not reproduced": "#b03a2e", "not decidable": "0.5"}
 
 # %% ../nbs/13_study_figures.ipynb #c5524687
-def claims_table(rows: list[dict]) -> pd.DataFrame:
-    "Claims with verdict, effect and interval, from `study.judge_all`. What all rows share is left out, but for effect, seeds and verdict."
+def claims_table(rows: list[dict], by: tuple[str, ...] = ("encoder", "benchmark")) -> pd.DataFrame:
+    "Rows of `study.judge_all` with effect, interval and verdict, named by some of claim, encoder and benchmark. A column that says the same in several rows is left out."
     table = pd.DataFrame([{
         "claim": row["text"], "encoder": row["encoder"], "benchmark": parse_benchmark(row["benchmark"]).title, "questions in": "all" if row["languages"] == "all" else ", ".join(row["languages"]),
         "against": row["against"], "effect": f"{Estimate(row['effect'], row['low'], row['high']):+.3f}".replace("-", "\u2212"), "bound": f"{row['bound']:g}", "seeds": row["seeds"], "verdict": row["verdict"],
     } for row in rows])  # fmt: skip
-    shared = [name for name in ("claim", "encoder", "benchmark", "questions in", "against", "bound") if len(rows) > 1 and table[name].nunique() == 1]
-    index = [name for name in ("claim", "encoder", "benchmark") if name not in shared] or ["claim"]
-    return table.set_index(index).drop(columns=[name for name in shared if name not in index])
+    shared = [name for name in ("questions in", "against", "bound") if len(rows) > 1 and table[name].nunique() == 1]
+    return table.set_index(list(by)).drop(columns={"claim", "encoder", "benchmark", *shared} - {*by})
 
 # %% ../nbs/13_study_figures.ipynb #fece4bf8
 def verdict_grid(rows: list[dict], benchmarks: dict[str, str]) -> pd.DataFrame:
