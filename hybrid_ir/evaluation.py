@@ -332,11 +332,12 @@ def shown_tables(
     tables = [(caption, text.loc[order, scores.measures].rename(index={"gap": "gap (mono - cross)"}).rename_axis(None))]
     if "multi" in info["tasks"]:
         bias = scores.bias().dropna(axis=1, how="all")
-        shown = pd.DataFrame({name: bias[name].map("{:,.1f}".format if name in ("rank_distance", "worst_rank") else "{:.3f}".format) for name in bias})
+        forms = {name: ",.1f" if name in ("rank_distance", "worst_rank") else ".3f" for name in bias}
+        shown = pd.DataFrame({name: [format(value, form) for value in bias[name]] for name, form in forms.items()}, index=bias.index)
         for name in [name for name in bias if name in text.columns]:
             row = intervals[(intervals["task"] == "multi") & (intervals["measure"] == name)].iloc[0]
             if np.isfinite(row["low"]):
-                shown.loc["macro", name] = format(Estimate(*row[["value", "low", "high"]]), ",.1f" if name in ("rank_distance", "worst_rank") else ".3f")
+                shown.loc["macro", name] = format(Estimate(*row[["value", "low", "high"]]), forms[name])
         bounds = f". Perfect rank distance {info['perfect_rank_distance']:,.0f}, expected of a random ranking {info['random_rank_distance']:,.0f}" if "rank_distance" in bias else ""
         tables.append((f"Language bias in the pool, by query language{bounds}", shown))
     return tables

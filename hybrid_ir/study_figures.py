@@ -107,8 +107,8 @@ def difference_table(scores: dict[str, list[Scores]], first: str = "hybrid") -> 
         rows[f"{first} - {name}"] = {}
         for measure, task, title in panels_of(scores):
             row = compare(scores[first], scores[name], measure, task).loc["macro"]
-            value, interval = format(Estimate(*row[["difference", "low", "high"]]), "+.0f" if measure == "rank_distance" else "+.3f").split(" ")
-            rows[f"{first} - {name}"][title] = f"{value}{stars(row['p'])} {interval}"
+            difference = format(Estimate(*row[["difference", "low", "high"]]), "+.0f" if measure == "rank_distance" else "+.3f")
+            rows[f"{first} - {name}"][title] = difference.replace(" ", f"{stars(row['p'])} ")
     return pd.DataFrame(rows).T
 
 # %% ../nbs/13_study_figures.ipynb #53530358

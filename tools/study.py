@@ -17,7 +17,7 @@ import nbformat  # noqa: E402
 import papermill  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from hybrid_ir.command_line import study_matrix  # noqa: E402
+from hybrid_ir.command_line import study_command  # noqa: E402
 from hybrid_ir.experiment import RunConfig, is_complete, run_folder, slug  # noqa: E402
 from hybrid_ir.sources import cache_dir, whole_file  # noqa: E402
 from hybrid_ir.study import PLANS, choose_settings, describe, report_benchmarks, short_name, study_runs  # noqa: E402
@@ -67,9 +67,7 @@ def main():
     options = parser.parse_args()
     encoders = options.encoder or list(PLANS)
     if options.list:
-        rows = study_matrix(encoders, options.only, Path("reports"))
-        print(*(f"{'complete' if row['complete'] else 'missing ':8}  {row['run']}" for row in rows), sep="\n")
-        print(f"{sum(row['complete'] for row in rows)} of {len(rows)} complete")
+        print(study_command(options)[1])
         return
     if not options.reports:
         runs = [config for encoder in encoders for config in study_runs(PLANS[encoder], choose_settings(PLANS[encoder])) if re.search(options.only, describe(config))]
