@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HELP', 'CHOICES', 'MAIN_JOB', 'ENCODER_OPTIONS', 'SAMPLER_OPTIONS', 'EXAMPLES', 'GENERAL_EXAMPLES', 'Setting',
            'module_tree', 'read_settings', 'read_constant', 'value_type', 'add_setting', 'add_settings', 'read_config',
-           'run_command', 'before_after', 'words', 'evaluate_command', 'save_scores', 'batches_command', 'batch_texts',
+           'run_command', 'before_after', 'words', 'save_scores', 'evaluate_command', 'batches_command', 'batch_texts',
            'find_checkout', 'study_matrix', 'study_command', 'installed', 'data_sets', 'info_command', 'Parser',
            'add_command', 'build_parser', 'add_evaluate', 'error_line', 'exit_code', 'main']
 
@@ -151,7 +151,7 @@ def before_after(before, after) -> str:
     table = pd.DataFrame({"before": before.summary().stack(), "after": after.summary().stack()}).rename_axis([None, None])
     return table.assign(change=table["after"] - table["before"]).round(3).to_string()
 
-# %% ../nbs/16_command_line.ipynb #8fe2c24f
+# %% ../nbs/16_command_line.ipynb #20c72076
 ENCODER_OPTIONS = ("pooling", "query_prefix", "passage_prefix", "query_length", "passage_length")
 
 
@@ -160,6 +160,16 @@ def words(text: str) -> list[str]:
     return re.findall(r"[^\s,]+", text)
 
 
+def save_scores(scores, folder: Path, name: str, k: int):
+    "Write metrics.json, per_query.parquet and, if passages were kept, a TREC run below `folder`."
+    from hybrid_ir.experiment import slug
+    from hybrid_ir.retrieval import write_trec_run
+
+    scores.save(folder / slug(name))
+    for task in scores.runs if k else ():
+        write_trec_run(scores.run(task=task), folder / slug(name) / f"{task}.run")
+
+# %% ../nbs/16_command_line.ipynb #78fed1b9
 def evaluate_command(options: argparse.Namespace) -> tuple[dict, str]:
     "Evaluate an encoder on one or several benchmarks."
     from hybrid_ir.benchmarks import load_benchmark
@@ -187,16 +197,6 @@ def evaluate_command(options: argparse.Namespace) -> tuple[dict, str]:
         if options.save:
             save_scores(scores, Path(options.save), name, options.k)
     return {"encoder": options.encoder, "scores": found}, "\n\n".join(texts)
-
-
-def save_scores(scores, folder: Path, name: str, k: int):
-    "Write metrics.json, per_query.parquet and, if passages were kept, a TREC run below `folder`."
-    from hybrid_ir.experiment import slug
-    from hybrid_ir.retrieval import write_trec_run
-
-    scores.save(folder / slug(name))
-    for task in scores.runs if k else ():
-        write_trec_run(scores.run(task=task), folder / slug(name) / f"{task}.run")
 
 # %% ../nbs/16_command_line.ipynb #e2b4f8db
 SAMPLER_OPTIONS = ("train", "sampler", "alpha", "batch_size", "unique_ids", "seed", "languages", "heldout")
@@ -227,7 +227,7 @@ def batch_texts(batch, pairs) -> list[dict]:
     rows = [(pairs.table[int(query)], pairs.table[int(passage)]) for query, passage in batch]
     return [{"id": query["id"], "query_language": query["lang"], "passage_language": passage["lang"], "query": query["query"], "passage": passage["passage"]} for query, passage in rows]
 
-# %% ../nbs/16_command_line.ipynb #481286e6
+# %% ../nbs/16_command_line.ipynb #33dae18e
 def find_checkout(start: Path) -> Path:
     "The root of the repository that holds `start`; raises `FileNotFoundError` outside a checkout."
     for folder in (start, *start.parents):
@@ -248,7 +248,7 @@ def study_matrix(encoders: list[str], only: str, reports: Path) -> list[dict]:
                 rows.append({"run": describe(config), "encoder": encoder, "folder": run_folder(config, "reports").as_posix(), "complete": is_complete(config, reports)})
     return rows
 
-
+# %% ../nbs/16_command_line.ipynb #955b567e
 def study_command(options: argparse.Namespace) -> tuple[dict, str]:
     "Compute what is missing of the study and render its reports, or list its matrix."
     root = find_checkout(Path.cwd())
@@ -272,7 +272,7 @@ def study_command(options: argparse.Namespace) -> tuple[dict, str]:
     lines = [f"{'complete' if row['complete'] else 'missing ':8}  {row['run']}" for row in rows]
     return {"runs": rows, "complete": complete}, "\n".join([*lines, f"{complete} of {len(rows)} complete"])
 
-# %% ../nbs/16_command_line.ipynb #6c8308ae
+# %% ../nbs/16_command_line.ipynb #d0712ac2
 def installed(package: str) -> str | None:
     "The version of an installed package, or None."
     try:
@@ -296,7 +296,7 @@ def data_sets() -> dict[str, dict[str, str]]:
         "benchmarks": {name: where(name, name, bool(entry.url) or name == "miracl") for name, entry in BENCHMARKS.items()},
     }
 
-
+# %% ../nbs/16_command_line.ipynb #048161c1
 def info_command(options: argparse.Namespace) -> tuple[dict, str]:
     "Versions, devices, folders and data."
     import platform
@@ -319,14 +319,14 @@ def info_command(options: argparse.Namespace) -> tuple[dict, str]:
         lines += [f"{title.replace('_', ' ')}: {value}"] if rows is None else [f"{title.replace('_', ' ')}:", *(f"  {content}" if isinstance(name, int) else f"  {name:14} {'not set' if content is None else content}" for name, content in rows)]
     return found, "\n".join(lines)
 
-# %% ../nbs/16_command_line.ipynb #8d4be799
+# %% ../nbs/16_command_line.ipynb #d4a5cf09
 class Parser(argparse.ArgumentParser):
     "A parser whose errors are one line, with exit code 2."
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
-
+# %% ../nbs/16_command_line.ipynb #c4b6661f
 EXAMPLES = {
     "run": """examples:
   hybrid-ir run                                         the main job: minutes on two cores, nothing to download

@@ -497,11 +497,13 @@ KNOWN_CONFIGS = {  # regular expression on the name -> what its authors use
 
 # %% ../nbs/03_encoders.ipynb #3bd22a20
 def encoder_config(name: str, **overrides) -> EncoderConfig:
-    "The configuration of a named encoder: its `hybrid_ir.json` if it is a folder with one, else what the table knows; then `overrides`."
+    "The configuration of a named encoder: its `hybrid_ir.json` if it is a folder with one, else what the table knows; then `overrides`. Raises `ValueError` for a folder of sentence-transformers that neither of them describes."
     saved = Path(name) / "hybrid_ir.json"
     if saved.exists():
         return replace(EncoderConfig(**json.loads(saved.read_text())), **overrides)
     known = next((values for pattern, values in KNOWN_CONFIGS.items() if re.fullmatch(pattern, name)), {})
+    if not known and "pooling" not in overrides and (Path(name) / "modules.json").exists():
+        raise ValueError(f"{name} is a folder of sentence-transformers, which says itself how token vectors become one: load it with from_sentence_transformer, or name the pooling ({', '.join(POOLINGS)}) and the prefixes")
     return EncoderConfig(name, **{**known, **overrides})
 
 # %% ../nbs/03_encoders.ipynb #3df75de5

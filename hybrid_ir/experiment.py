@@ -159,7 +159,7 @@ def environment(device: torch.device, precision: str) -> dict:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type, "precision": precision,
     }  # fmt: skip
 
-# %% ../nbs/10_experiment.ipynb #c348acbe
+# %% ../nbs/10_experiment.ipynb #de6f5f92
 def read_part(path: Path, read):
     "Read a file of a run folder; raises `FileNotFoundError` or `ValueError` with its name and the remedy if it is missing or damaged."
     remedy = f"remove {path.parent} to compute it again"
@@ -175,7 +175,7 @@ def read_json(path: Path) -> dict:
     "Read what `write_json` wrote."
     return read_part(path, lambda found: dict(json.loads(found.read_bytes())))
 
-
+# %% ../nbs/10_experiment.ipynb #01e70256
 def slug(text: str) -> str:
     "A name as a folder name: the last two parts of a path, with anything unusual as a dash."
     return re.sub(r"[^\w.+-]+", "-", "/".join(str(text).rstrip("/").split("/")[-2:])).strip("-") or "unnamed"
@@ -190,7 +190,7 @@ def checkpoint_folder(config: RunConfig) -> Path:
     "Where the checkpoints and the trained encoder of a run lie."
     return cache_dir() / "runs" / slug(config.encoder) / f"{config.sampler}-{config.key}"
 
-
+# %% ../nbs/10_experiment.ipynb #79dbfc1c
 def open_run_folder(config: RunConfig, folder: Path, found: dict):
     "Claim the folder of a run; raises `ValueError` if another configuration, or other code, began it."
     folder.mkdir(parents=True, exist_ok=True)

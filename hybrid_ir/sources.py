@@ -207,7 +207,7 @@ def find_file(
         f"Set HYBRID_IR_DATA to the folder that holds {name}. {hint}".rstrip()
     )
 
-# %% ../nbs/00_sources.ipynb #d2e25e96
+# %% ../nbs/00_sources.ipynb #a48dde25
 CHECKSUMS = "checksums.json"
 WHOLE_BYTES = 1 << 30  # of a longer file, the first and the last half of this count
 
@@ -227,7 +227,7 @@ def describe_file(
                 digest.update(file.read(1 << 20))
     return [size, digest.hexdigest()]
 
-
+# %% ../nbs/00_sources.ipynb #cd24e443
 def write_checksums(
     folder,  # a finished folder
 ) -> None:
@@ -236,7 +236,7 @@ def write_checksums(
     found = {path.relative_to(folder).as_posix(): describe_file(path) for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / CHECKSUMS}
     (folder / CHECKSUMS).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
-
+# %% ../nbs/00_sources.ipynb #1b640c4b
 def find_damage(
     folder,  # a folder that `write_checksums` has seen
 ) -> str:

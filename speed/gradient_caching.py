@@ -8,6 +8,7 @@ after loading, and at its highest. Needs the data folder (HYBRID_IR_DATA). Write
 """
 
 import argparse
+import gc
 import os
 import tempfile
 import time
@@ -37,13 +38,17 @@ def our_step(batch_size: int, portion: int | None, length: int) -> dict:
 
 
 def peer_step(batch_size: int, portion: int, length: int) -> dict:
-    "One step of sentence-transformers' trainer with cached gradients."
+    "One step of sentence-transformers' trainer with cached gradients, once our copy of the weights is gone."
+    global ENCODER
     pairs = complete_pairs(PAIRS)
     with tempfile.TemporaryDirectory() as folder:
         ENCODER.save(folder)
         batch = BatchSampler(pairs, "hybrid", batch_size=batch_size).next_batch()
         forget_peak()
         loaded = memory("VmRSS")
+        ENCODER = None  # in this process only: the next step starts from the one that keeps it
+        gc.collect()
+        forget_peak()
         seconds = peer_training(folder, pairs, [batch], cached=2 * portion, length=length, clock=time.process_time)  # our portions hold questions and passages, theirs one of them
     return {"seconds a pair": round(seconds / batch_size, 4), "loaded_gib": round(loaded, 2)}
 

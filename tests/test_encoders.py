@@ -1,6 +1,7 @@
 """The bundled encoders agree with the engines that their weights came with; any local folder works."""
 
 import json
+import shutil
 import struct
 
 import numpy as np
@@ -303,6 +304,16 @@ def test_wrong_pooling_names_the_valid_ones(tiny_folder):
     for name in ("use-multilingual-v3", str(tiny_folder)):
         with pytest.raises(ValueError, match="unknown pooling 'max'; valid: mean, cls, pooler"):
             load_encoder(name, device="cpu", pooling="max")
+
+
+def test_a_folder_of_sentence_transformers_is_not_pooled_by_guess(tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "tiny")
+    (folder / "modules.json").write_text("[]")
+    with pytest.raises(ValueError, match="from_sentence_transformer, or name the pooling .mean, cls, pooler."):
+        load_encoder(str(folder))
+    assert load_encoder(str(folder), pooling="cls").config.pooling == "cls"
+    shutil.copytree(folder, tmp_path / "bge-tiny")  # the table knows this name
+    assert load_encoder(str(tmp_path / "bge-tiny")).config.pooling == "cls"
 
 
 def test_protobuf_fields():
