@@ -799,6 +799,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'hybrid_ir.training.claim_folder': ('training.html#claim_folder', 'hybrid_ir/training.py'),
                                     'hybrid_ir.training.copy_file': ('training.html#copy_file', 'hybrid_ir/training.py'),
                                     'hybrid_ir.training.gather_rows': ('training.html#gather_rows', 'hybrid_ir/training.py'),
+                                    'hybrid_ir.training.groups_of_negatives': ( 'training.html#groups_of_negatives',
+                                                                                'hybrid_ir/training.py'),
                                     'hybrid_ir.training.newest_intact': ('training.html#newest_intact', 'hybrid_ir/training.py'),
                                     'hybrid_ir.training.own_share': ('training.html#own_share', 'hybrid_ir/training.py'),
                                     'hybrid_ir.training.rate_factor': ('training.html#rate_factor', 'hybrid_ir/training.py'),

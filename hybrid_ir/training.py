@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'TABLE_ROWS', 'RUN_FILES', 'check_number', 'TrainingOptions', 'CompactVocabulary', 'TokenStream',
-           'TokenTable', 'TokenBatch', 'BatchFeed', 'Towers', 'gather_rows', 'batch_loss', 'build_optimizer',
-           'set_dropout', 'rate_factor', 'Progress', 'copy_file', 'checkpoints', 'CheckpointError', 'write_checkpoint',
-           'weights_hash', 'claim_folder', 'RunLog', 'split_pairs', 'build_sampler', 'validation_batches', 'own_share',
-           'Trainer', 'TrainingDiverged', 'newest_intact', 'refuse_programs', 'TrainingResult', 'training_options',
-           'train']
+           'TokenTable', 'groups_of_negatives', 'TokenBatch', 'BatchFeed', 'Towers', 'gather_rows', 'batch_loss',
+           'build_optimizer', 'set_dropout', 'rate_factor', 'Progress', 'copy_file', 'checkpoints', 'CheckpointError',
+           'write_checkpoint', 'weights_hash', 'claim_folder', 'RunLog', 'split_pairs', 'build_sampler',
+           'validation_batches', 'own_share', 'Trainer', 'TrainingDiverged', 'newest_intact', 'refuse_programs',
+           'TrainingResult', 'training_options', 'train']
 
 # %% ../nbs/06_training.ipynb #4dd7d3a4
 import hashlib
@@ -188,19 +188,38 @@ class TokenTable:
                 blocks[number] = vocabulary.numbers[tokens]
         self.negatives = [vocabulary.translate(found) for found in self.negatives]
 
+# %% ../nbs/06_training.ipynb #c3609d70
+def groups_of_negatives(
+    pairs: ParallelPairs,
+    rows: np.ndarray,  # int [B, 2], (question row, passage row) of the whole batch
+    owners: np.ndarray,  # int [b], rows of the passages whose hard negatives are asked for
+    counts: list[int],  # how many hard negatives each of them brings
+) -> np.ndarray:  # int64 [sum of counts]
+    "For each hard negative, the group of the pair in the batch that has this text as its passage, in whatever language; -1 if none has."
+    if not sum(counts):
+        return np.zeros(0, dtype=np.int64)
+    ids = pairs.id_of_row[rows[:, 1]]
+    translations = pairs.passage_rows[ids]  # [B, languages], -1 where there is none
+    there = translations >= 0
+    texts = pairs.table[translations[there].tolist()]["passage"]
+    known = dict(zip(texts, np.repeat(pairs.groups[ids], there.sum(axis=1)).tolist(), strict=True))
+    negatives = pairs.table[owners.tolist()]["negatives"]
+    return np.array([known.get(text, -1) for found, count in zip(negatives, counts, strict=True) for text in (found or [])[:count]], dtype=np.int64)
+
 # %% ../nbs/06_training.ipynb #eaa6d8dd
 @dataclass
 class TokenBatch:
     "A batch of B pairs, as tokens."
-    texts: list[np.ndarray]  # B questions, B passages, then the hard negatives
-    groups: np.ndarray  # int64 [B], the passage groups
+    texts: list[np.ndarray]  # B questions, B passages, then M hard negatives
+    groups: np.ndarray  # int [B], the passage groups
+    negative_groups: np.ndarray  # int64 [M], see `groups_of_negatives`
 
     @classmethod
-    def from_rows(cls, rows: np.ndarray, tokens: TokenTable | TokenStream, pairs: ParallelPairs) -> "TokenBatch":
-        "The batch of the (question row, passage row), int [B, 2]."
-        negatives = [text for found in tokens.take_negatives(rows[:, 1]) for text in found]
-        texts = tokens.take("query", rows[:, 0]) + tokens.take("passage", rows[:, 1]) + negatives
-        return cls(texts, pairs.groups[pairs.id_of_row[rows[:, 1]]])
+    def from_rows(cls, rows: np.ndarray, tokens: TokenTable | TokenStream, pairs: ParallelPairs, own: slice = slice(None)) -> "TokenBatch":
+        "The batch of the (question row, passage row), int [B, 2]; of several processes, the part that one of them encodes."
+        found = tokens.take_negatives(rows[own, 1])
+        texts = tokens.take("query", rows[own, 0]) + tokens.take("passage", rows[own, 1]) + [text for negatives in found for text in negatives]
+        return cls(texts, pairs.groups[pairs.id_of_row[rows[own, 1]]], groups_of_negatives(pairs, rows, rows[own, 1], [len(negatives) for negatives in found]))
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -253,9 +272,9 @@ def gather_rows(accelerator: Accelerator, own: torch.Tensor) -> torch.Tensor:
 def batch_loss(towers: nn.Module, batch: TokenBatch, options: TrainingOptions, accelerator: Accelerator | None = None) -> torch.Tensor:
     "The loss of a batch, of which each process has a part."
     vectors, size = towers(batch.texts, options.mini_batch_size), len(batch)
-    parts = [*vectors[: 2 * size].split(size), vectors[2 * size :], torch.from_numpy(batch.groups).to(vectors.device)]
-    queries, passages, negatives, groups = parts if accelerator is None else [gather_rows(accelerator, part) for part in parts]
-    extra = dict(negatives=negatives, negative_groups=torch.full((len(negatives),), -1, device=vectors.device)) if len(negatives) else {}
+    parts = [*vectors[: 2 * size].split(size), vectors[2 * size :], *(torch.from_numpy(groups).to(vectors.device) for groups in (batch.groups, batch.negative_groups))]
+    queries, passages, negatives, groups, negative_groups = parts if accelerator is None else [gather_rows(accelerator, part) for part in parts]
+    extra = dict(negatives=negatives, negative_groups=negative_groups) if len(negatives) else {}
     return info_nce(queries, passages, options.temperature, groups=groups if options.unique_ids else None, symmetric=options.symmetric, **extra)
 
 # %% ../nbs/06_training.ipynb #0e062380
@@ -446,7 +465,7 @@ class Trainer:
         if self.vocabulary:
             tokens.translate(self.vocabulary)
             self.validation = [replace(batch, texts=self.vocabulary.translate(batch.texts)) for batch in self.validation]
-        self.feed = BatchFeed(lambda: TokenBatch.from_rows(self.sampler.next_batch()[self.own], tokens, training))
+        self.feed = BatchFeed(lambda: TokenBatch.from_rows(self.sampler.next_batch(), tokens, training, self.own))
         self.prepare()
 
 # %% ../nbs/06_training.ipynb #b0f0b0c0

@@ -15,7 +15,7 @@ from tiny import save_tiny
 
 from hybrid_ir import training
 from hybrid_ir.encoders import load_encoder
-from hybrid_ir.pairs import load_pairs
+from hybrid_ir.pairs import ParallelPairs, load_pairs
 from hybrid_ir.samplers import BatchSampler
 from hybrid_ir.training import CheckpointError, TokenBatch, TokenStream, TokenTable, Towers, Trainer, TrainingDiverged, batch_loss, checkpoints, train, training_options, weights_hash
 
@@ -109,8 +109,6 @@ def test_early_stopping_restores_the_best(folder, pairs):
 
 
 def test_hard_negatives_enter_the_loss(folder):
-    from hybrid_ir.pairs import ParallelPairs
-
     plain = [{"id": f"{n}", "query": {"de": f"Frage {n}", "en": f"question {n}"}, "passage": {"de": f"Antwort {n}", "en": f"answer {n}"}} for n in range(30)]
     hard = [record | {"negatives": {"de": [f"falsch {n}"], "en": [f"wrong {n}"]}} for n, record in enumerate(plain)]
     losses = [train(tiny(folder), ParallelPairs.from_records(records), progress=False, hard_negatives=1, **OPTIONS | dict(steps=1, heldout=0, dropout=0.0)).log["loss"][0] for records in (plain, hard)]
@@ -256,7 +254,7 @@ from hybrid_ir.encoders import load_encoder
 from hybrid_ir.pairs import ParallelPairs
 from hybrid_ir.training import train
 records = [{"id": f"{n}", "query": {"de": f"Frage {n}", "en": f"question {n}"}, "passage": {"de": f"Antwort {n}", "en": f"answer {n}"},
-            "negatives": {"de": [f"falsch {n}"] * (n % 3), "en": [f"wrong {n}"]}} for n in range(60)]
+            "negatives": {"de": [f"falsch {n}"] * (n % 3), "en": [f"Antwort {(n + 1) % 60}"]}} for n in range(60)]  # some answer another question of the batch
 encoder = load_encoder(sys.argv[1], device="cpu", precision="fp32", query_length=32, passage_length=64)
 result = train(encoder, ParallelPairs.from_records(records), folder=sys.argv[4], progress=False, **eval(sys.argv[2]))
 if PartialState().is_main_process:
@@ -430,9 +428,27 @@ def test_training_lengths_cut_in_training_only(folder, pairs):
     assert encoder.config == before and [len(encoder.tokenize(text, kind)[0]) for kind in ("query", "passage")] == [32, 64]
 
 
-def test_training_lengths_cut_hard_negatives_and_the_heldout_pairs(folder):
-    from hybrid_ir.pairs import ParallelPairs
+def test_a_hard_negative_that_answers_another_question_is_no_negative_of_it(folder):
+    "One question's hard negative is another's right answer, in another language: with it, only the first question has a harder task."
+    records = [{"id": f"{n}", "query": {"de": f"Frage {n}"}, "passage": {"de": f"Antwort {n}", "en": f"answer {n}"}} for n in range(4)]
+    encoder, losses = tiny(folder), {}
+    for name, wrong in {"none": [], "translation": ["answer 1"], "other": ["answer 9"]}.items():
+        pairs = ParallelPairs.from_records([records[0] | {"negatives": {"de": wrong}} if wrong else records[0], *records[1:]])
+        column = pairs.languages.index("de")
+        rows, options = np.stack([pairs.query_rows[:, column], pairs.passage_rows[:, column]], axis=1), training_options(hard_negatives=1)
+        batch = TokenBatch.from_rows(rows, TokenStream(encoder, pairs, options), pairs)
+        with torch.no_grad():
+            vectors = encoder.embed_tokens(batch.texts)
+            losses[name] = batch_loss(Towers(encoder), batch, options).item()
+        scores = (vectors[:4] @ vectors[4:].T / options.temperature).double()
+        if name == "translation":
+            scores[1, 4] = -torch.inf
+        assert losses[name] == pytest.approx(torch.nn.functional.cross_entropy(scores, torch.arange(4)).item(), abs=1e-5)
+        assert batch.negative_groups.tolist() == {"none": [], "translation": [pairs.groups[1]], "other": [-1]}[name]
+    assert losses["none"] < losses["translation"] and losses["none"] < losses["other"]
 
+
+def test_training_lengths_cut_hard_negatives_and_the_heldout_pairs(folder):
     long = "word " * 40
     records = [{"id": f"{n}", "query": {"de": f"Frage {n} {long}"}, "passage": {"de": f"Antwort {n} {long}"}, "negatives": {"de": [f"falsch {n} {long}"] * 2}} for n in range(40)]
     pairs = ParallelPairs.from_records(records)
