@@ -177,16 +177,20 @@ class TokenTable:
         "The tokens of the hard negatives of some rows, one list for each row."
         return [self.negatives[row] for row in rows] if self.negatives else []
 
-    def arrays(self) -> list[np.ndarray]:
-        "Arrays that hold every token in use."
-        return [*self.tokens["query"], *self.tokens["passage"], *(tokens for found in self.negatives for tokens in found)]
+# %% ../nbs/06_training.ipynb #e99280e1
+@patch
+def arrays(self: TokenTable) -> list[np.ndarray]:
+    "Arrays that hold every token in use."
+    return [*self.tokens["query"], *self.tokens["passage"], *(tokens for found in self.negatives for tokens in found)]
 
-    def translate(self, vocabulary: CompactVocabulary):
-        "Replace the token numbers by those of a compact vocabulary."
-        for blocks in self.tokens.values():
-            for number, tokens in enumerate(blocks):
-                blocks[number] = vocabulary.numbers[tokens]
-        self.negatives = [vocabulary.translate(found) for found in self.negatives]
+
+@patch
+def translate(self: TokenTable, vocabulary: CompactVocabulary):
+    "Replace the token numbers by those of a compact vocabulary."
+    for blocks in self.tokens.values():
+        for number, tokens in enumerate(blocks):
+            blocks[number] = vocabulary.numbers[tokens]
+    self.negatives = [vocabulary.translate(found) for found in self.negatives]
 
 # %% ../nbs/06_training.ipynb #c3609d70
 def groups_of_negatives(
@@ -201,9 +205,9 @@ def groups_of_negatives(
     ids = pairs.id_of_row[rows[:, 1]]
     translations = pairs.passage_rows[ids]  # [B, languages], -1 where there is none
     there = translations >= 0
-    texts = pairs.table[translations[there].tolist()]["passage"]
+    texts = pairs.table["passage"][translations[there].tolist()]
     known = dict(zip(texts, np.repeat(pairs.groups[ids], there.sum(axis=1)).tolist(), strict=True))
-    negatives = pairs.table[owners.tolist()]["negatives"]
+    negatives = pairs.table["negatives"][owners.tolist()]
     return np.array([known.get(text, -1) for found, count in zip(negatives, counts, strict=True) for text in (found or [])[:count]], dtype=np.int64)
 
 # %% ../nbs/06_training.ipynb #eaa6d8dd
