@@ -204,8 +204,9 @@ def test_one_call_sends_encoder_card_and_report(tiny_folder, tmp_path, monkeypat
     assert np.array_equal(load_encoder(str(received), device="cpu", precision="fp32").encode(texts), done.load_encoder().encode(texts))
     head = ModelCard.load(str(received / "README.md"))
     assert head.data.license == "cc0-1.0" and head.data.language == ["de", "en"] and 'SentenceTransformer("me/tiny")' in head.text
-    shown = {float(number) for number in re.findall(r"(\d\.\d{3}) \[", head.text)}
-    assert {round(float(value), 3) for value in done.after["sample:de+en"].summary().to_numpy().ravel()} <= shown
+    shown = np.array([float(number) for number in re.findall(r"(\d\.\d{3}) \[", head.text)])
+    for value in done.after["sample:de+en"].summary().to_numpy().ravel():
+        assert np.abs(shown - value).min() <= 0.0005 + 1e-6  # not `round(value, 3) in shown`: the means are summed in another order, and one may lie on either side of a half
     report = next((received / "report").iterdir())
     assert json.loads((report / "config.json").read_text())["sampler"] == "hybrid" and (report / "train_log.jsonl").exists()
 
