@@ -404,18 +404,21 @@ def to_dict(self: Scores) -> dict:
     tables = {}
     for row in self.intervals().itertuples(index=False):
         tables.setdefault(row.task, {})[row.measure] = {"value": row.value, "low": row.low, "high": row.high}
-    cells = {name: column.round(5).tolist() if column.dtype == float else column.tolist() for name, column in self.cells.items()}
-    return plain({"format": 1, **self.info, "averages": tables, "cells": cells})
+    cells = {}
+    for task, rows in self.cells.groupby("task", sort=False):
+        there = rows.drop(columns="task").dropna(axis=1, how="all")
+        cells[task] = {name: column.round(5).tolist() if column.dtype == float else column.tolist() for name, column in there.items()}
+    return plain({"format": 2, **self.info, "averages": tables, "cells": cells})
 
 # %% ../nbs/09_evaluation.ipynb #28434f5b
 @patch(cls_method=True)
 def from_dict(cls: Scores, saved: dict, by_query: pd.DataFrame | None = None) -> "Scores":
     "The reverse of `to_dict`."
-    if saved.get("format") != 1:
-        raise ValueError(f"unknown format of metrics {saved.get('format')!r}; valid: 1")
+    if saved.get("format") != 2:
+        raise ValueError(f"unknown format of metrics {saved.get('format')!r}; valid: 2")
     averages = [(task, name, *bounds.values()) for task, table in saved["averages"].items() for name, bounds in table.items()]
     table = pd.DataFrame(averages, columns=["task", "measure", "value", "low", "high"]).astype(dict.fromkeys(["value", "low", "high"], float))
-    cells = pd.DataFrame(saved["cells"])
+    cells = pd.concat([pd.DataFrame({"task": task, **columns}) for task, columns in saved["cells"].items()], ignore_index=True)
     cells = cells.astype(dict.fromkeys(cells.columns[4:], float))
     info = {key: value for key, value in saved.items() if key not in ("format", "averages", "cells")}
     return cls(info, cells, saved_estimates=table, saved_by_query=by_query)

@@ -77,7 +77,7 @@ def check_texts(
         raise ValueError(f"{where}: {field} must map languages to texts, not {texts!r:.80}")
     kept = {language: text for language, text in texts.items() if text is not None}
     for language, text in kept.items():
-        if not isinstance(language, str) or not language.strip() or "/" in check_unicode(language, f"{where}: a language of {field}"):
+        if not isinstance(language, str) or not language or language != language.strip() or "/" in check_unicode(language, f"{where}: a language of {field}"):
             raise ValueError(f"{where}: {field} has a language that is not a name: {language!r}")
         if not isinstance(text, str):
             raise ValueError(f"{where}: {field} in {language} is not a text: {text!r:.80}")

@@ -313,6 +313,7 @@ def test_negatives_source_and_page_are_kept():
         (record("x") | {"passage": {"en": ["p"]}}, "id 'x': passage in en is not a text"),
         (record("x") | {"query": {"en": 3}}, "id 'x': query in en is not a text: 3"),
         (record("x") | {"query": {"": "q"}}, "a language that is not a name"),
+        (record("x") | {"query": {"en ": "q"}}, "a language that is not a name: 'en '"),
         (record("x", negatives={"en": "text"}), "negatives in en must be a list"),
         (record("x", negatives={"en": ["fine", ""]}), "negatives in en must be a list"),
         (record("x", negatives=["text"]), "negatives must map languages"),
