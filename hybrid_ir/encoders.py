@@ -29,6 +29,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, BertM
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging as transformers_logging
 
+from .processor import PackedBert, can_be_packed
 from .sources import choose
 
 # %% ../nbs/03_encoders.ipynb #f828e4d2
@@ -99,12 +100,18 @@ def autocast(device: torch.device, precision: str):
 def length_chunks(
     lengths: np.ndarray,  # [n] tokens of each text
     token_budget: int,  # tokens per chunk, padding included; a chunk holds at least one text
+    padding_budget: int | None = None,  # tokens of padding per chunk; None: any number
 ) -> list[np.ndarray]:  # row numbers of each chunk, longest chunk first
     "Cut texts into chunks of nearly equal length. The longest come first, so that a lack of memory shows at once."
-    order = np.argsort(-np.asarray(lengths), kind="stable")
+    lengths = np.asarray(lengths)
+    order = np.argsort(-lengths, kind="stable")
     chunks, start = [], 0
     while start < len(order):
-        size = max(1, token_budget // max(1, int(lengths[order[start]])))
+        longest = int(lengths[order[start]])
+        size = max(1, token_budget // max(1, longest))
+        if padding_budget is not None:  # the padding of the first 1, 2, 3, ... texts never falls
+            padding = np.cumsum(longest - lengths[order[start : start + size]])
+            size = int(np.searchsorted(padding, padding_budget, side="right"))
         chunks.append(order[start : start + size])
         start += size
     return chunks
@@ -143,6 +150,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.backbone, self.tokenizer, self.config, self.precision = backbone, tokenizer, config, choose("precision", precision, PRECISIONS)
         self.token_budget = 2048 if self.device.type == "cpu" else 32768  # tokens per chunk: a matter of speed and memory, not of results
+        self.padding_budget = self.token_budget // 4  # tokens of padding per chunk: about what one more pass through the network costs
 
     @property
     def dim(self) -> int:
@@ -179,10 +187,19 @@ def pad(self: Encoder, token_lists: list[np.ndarray]) -> tuple[torch.Tensor, tor
 def embed_tokens(self: Encoder, token_lists: list[np.ndarray], token_budget: int | None = None) -> torch.Tensor:
     "Unit vectors [n, dim] of tokenised texts, in their order, differentiable; one forward pass for every `token_budget` tokens."
     lengths = np.array([len(tokens) for tokens in token_lists])
-    chunks = length_chunks(lengths, token_budget or self.token_budget)
+    chunks = length_chunks(lengths, token_budget or self.token_budget, self.padding_budget)
     vectors = [self(*self.pad([token_lists[row] for row in chunk])) for chunk in chunks]
     order = torch.from_numpy(np.argsort(np.concatenate(chunks))).to(self.device)
     return torch.cat(vectors)[order]
+
+# %% ../nbs/03_encoders.ipynb #471f68e3
+@patch
+def vectors_of_chunk(self: Encoder, precision: str):
+    "The function that turns the tokenised texts of a chunk, longest first, into unit vectors [n, dim] on their device."
+    if self.device.type == "cpu" and precision == "bf16" and self.config.pooling != "pooler" and can_be_packed(self.backbone):
+        packed = PackedBert(self.backbone)
+        return lambda token_lists: packed(token_lists, self.config.pooling)
+    return lambda token_lists: self(*self.pad(token_lists))
 
 # %% ../nbs/03_encoders.ipynb #b75ff3ef
 @patch
@@ -202,9 +219,11 @@ def encode(
     self.eval()
     token_lists = [tokens for start in range(0, len(texts), 4096) for tokens in self.tokenize(texts[start : start + 4096], kind)]
     bar = tqdm(total=len(texts), desc=f"encoding {kind} texts", unit="text", disable=not (progress and len(texts) > 1000), mininterval=1, leave=False)
-    with bar, autocast(self.device, choose_precision(self.precision, self.device)):
-        for chunk in length_chunks(np.array([len(tokens) for tokens in token_lists]), self.token_budget):
-            vectors[chunk] = self(*self.pad([token_lists[row] for row in chunk])).float().cpu().numpy()
+    precision = choose_precision(self.precision, self.device)
+    with bar, autocast(self.device, precision):
+        embed = self.vectors_of_chunk(precision)
+        for chunk in length_chunks(np.array([len(tokens) for tokens in token_lists]), self.token_budget, self.padding_budget):
+            vectors[chunk] = embed([token_lists[row] for row in chunk]).float().cpu().numpy()
             bar.update(len(chunk))
     self.train(was_training)
     return vectors

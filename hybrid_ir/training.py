@@ -37,6 +37,7 @@ from tqdm import tqdm
 from .encoders import Encoder, autocast, choose_precision
 from .losses import info_nce
 from .pairs import ParallelPairs
+from .processor import quicken_training
 from .samplers import BatchSampler, check_parameters
 from .sources import choose, find_damage, hold_folder, whole_file, write_checksums, write_json
 
@@ -476,6 +477,8 @@ class Trainer:
 @patch
 def prepare(self: Trainer):
     "Hand model, optimiser, schedule, sampler and progress to `accelerate`."
+    self.attention = getattr(self.encoder.backbone.config, "_attn_implementation", None)
+    quicken_training(self.encoder.backbone)
     optimizer = build_optimizer(self.encoder, self.options)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, self.options))
     if self.options.dropout is not None:
@@ -626,6 +629,8 @@ def fit(self: Trainer) -> RunLog:
         self.feed.close()
         if self.vocabulary:
             self.vocabulary.restore()
+        if self.encoder.backbone.config._attn_implementation == "products":
+            self.encoder.backbone.set_attn_implementation(self.attention)
         self.encoder.eval()
     return log
 
