@@ -192,13 +192,13 @@ def open_run_folder(config: RunConfig, folder: Path, found: dict):
     "Claim the folder of a run; raises `ValueError` if another configuration, or other code, began it."
     folder.mkdir(parents=True, exist_ok=True)
     saved, current = folder / "config.json", json.loads(json.dumps(asdict(config)))
-    if saved.exists() and RunConfig(**read_json(saved)).key != config.key:
+    if saved.exists() and RunConfig(**read_sealed(saved)[0]).key != config.key:
         raise ValueError(f"{folder} belongs to another configuration; remove it, or use another folder")
     if (folder / "environment.json").exists():
         code = read_json(folder / "environment.json")["code"]
         if code != found["code"]:
             raise ValueError(f"{folder} was begun by other code ({code}, now {found['code']}) and is not complete; remove it and {checkpoint_folder(config)} to begin again")
-    write_json(saved, current)
+    write_json(saved, seal(current, folder))
     write_json(folder / "environment.json", found)
 
 # %% ../nbs/10_experiment.ipynb #f45cab9a
@@ -338,10 +338,11 @@ def environment_of(config: RunConfig) -> dict:
 
 
 def check_same_environment(config: RunConfig, folder: Path):
-    "Raise `ValueError` if a run that was trained lacks its weights, and they would be trained again in another environment."
+    "Raise `ValueError` if a run has scores, but lacks the weights they belong to, and these would be trained again in another environment."
+    if any(folder.glob("*/metrics.json")):
+        read_sealed(folder / "metrics.json")
     if not (folder / "metrics.json").exists() or (checkpoint_folder(config) / "encoder" / "hybrid_ir.json").exists():
         return
-    read_sealed(folder / "metrics.json")
     recorded, found = read_json(folder / "environment.json"), environment_of(config)
     differences = [f"{name} was {recorded.get(name)}, is {found.get(name)}" for name in sorted({*recorded, *found}) if recorded.get(name) != found.get(name)]
     if differences:
@@ -404,7 +405,7 @@ def compute(config: RunConfig, folder: Path, reports: str | Path, progress: bool
             evaluate_missing(config, config.load_encoder(), before, progress)
     encoder = trained_encoder(config, folder, progress)
     evaluate_missing(config, encoder, {name: folder / slug(name) for name in config.benchmarks}, progress)
-    write_json(folder / "config.json", asdict(config) | {"benchmarks": sorted({*evaluated(folder), *config.benchmarks})})
+    write_json(folder / "config.json", seal(asdict(config) | {"benchmarks": sorted({*evaluated(folder), *config.benchmarks})}, folder))
 
 
 def run(
@@ -424,13 +425,13 @@ def run(
 # %% ../nbs/10_experiment.ipynb #d348634e
 def evaluated(folder: Path) -> list[str]:
     "The benchmarks that a run has scores of, of those in its `config.json`."
-    saved = read_json(folder / "config.json")["benchmarks"] if (folder / "config.json").exists() else []
+    saved = read_sealed(folder / "config.json")[0]["benchmarks"] if (folder / "config.json").exists() else []
     return [name for name in saved if (folder / slug(name) / "metrics.json").exists()]
 
 
 def read_config(folder: Path, benchmarks) -> RunConfig:
     "The configuration of a run folder, with these benchmarks; raises `DamagedFile` if it is not the one that the folder is named by."
-    config = RunConfig(**read_json(folder / "config.json") | {"benchmarks": tuple(benchmarks)})
+    config = RunConfig(**read_sealed(folder / "config.json")[0] | {"benchmarks": tuple(benchmarks)})
     if run_folder(config).name != folder.name:
         raise DamagedFile(folder / "config.json", "is damaged: it is not the configuration that the folder is named by")
     return config

@@ -132,7 +132,8 @@ def test_a_configuration_that_was_changed_is_found(encoder, tmp_path):
     config = RunConfig(encoder=encoder, **SMALL)
     file = run(config, tmp_path, progress=False).folder / "config.json"
     whole = file.read_text()
-    for content, message in ((whole.replace('"seed": 0', '"seed": 1'), "not the configuration that the folder is named by"), (whole[:-9], "damaged"), (None, "missing")):
+    other = json.dumps(experiment.asdict(RunConfig(encoder=encoder, **SMALL, seed=1)))
+    for content, message in ((other, "not the configuration that the folder is named by"), (whole.replace('"seed": 0', '"seed": 1'), "not say what was written"), (whole[:-9], "damaged"), (None, "missing")):
         file.write_text(content) if content else file.unlink()
         with pytest.raises(ValueError, match=f"config.json is .*{message}"):
             complete_runs(tmp_path)
@@ -203,11 +204,11 @@ def test_folders_of_other_code_or_configuration_are_refused(encoder, tmp_path, m
         patch.setattr(experiment, "code_hash", lambda: "0123456789")
         with pytest.raises(ValueError, match="begun by other code .*0123456789"):
             run(config, tmp_path, progress=False)
-    content = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(content | {"steps": 99}))
+    content = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(json.dumps(experiment.asdict(RunConfig(encoder=encoder, **SMALL | {"steps": 99}))))
     with pytest.raises(ValueError, match="another configuration"):
         run(config, tmp_path, progress=False)
-    (folder / "config.json").write_text(json.dumps(content))
+    (folder / "config.json").write_text(content)
     run(config, tmp_path, progress=False)
     monkeypatch.setattr(experiment, "code_hash", lambda: "0123456789")
     with pytest.warns(UserWarning, match="computed by other code"):
