@@ -757,7 +757,7 @@ def largest(first: dict, other: dict, difference) -> float:
     return max(difference(first[name][key], other[name][key]) for name in first for key in first[name])
 
 
-TOLERANCE = {"fp32": (0.0001, 0.01, 1), "bf16": (0.1, 0.05, 10)}  # losses, measures, rank distance in percent
+TOLERANCE = {"fp32": (0.0001, 0.01, 1), "bf16": (0.1, 0.01, 1)}  # losses, measures, rank distance in percent
 
 
 @pytest.mark.parametrize("precision", TOLERANCE)
