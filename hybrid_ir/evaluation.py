@@ -6,11 +6,13 @@
 __all__ = ['TASKS', 'POOL', 'SMALL_TABLE', 'call_encoder', 'embed', 'judgement_languages', 'choose_tasks', 'query_rows',
            'query_language_numbers', 'corpus_rows', 'answered_in_several', 'pool_rows', 'query_contributions',
            'by_query_table', 'cell_means', 'language_table', 'gap_rows', 'estimates', 'ScoreTables', 'shown_tables',
-           'html_table', 'markdown_table', 'Scores', 'plain', 'json_lines', 'significant', 'write_rows',
-           'own_corpus_top', 'benchmark_info', 'score_embeddings', 'evaluate', 'query_values', 'check_comparable',
-           'same_queries', 'seed_values', 'compare', 'compare_gap']
+           'html_table', 'markdown_table', 'Scores', 'plain', 'json_lines', 'DamagedFile', 'read_part',
+           'content_sha256', 'seal', 'read_sealed', 'significant', 'write_rows', 'read_rows', 'own_corpus_top',
+           'benchmark_info', 'score_embeddings', 'evaluate', 'query_values', 'check_comparable', 'same_queries',
+           'seed_values', 'compare', 'compare_gap']
 
 # %% ../nbs/09_evaluation.ipynb #c6bb8c24
+import hashlib
 import inspect
 import json
 from dataclasses import dataclass, field
@@ -24,7 +26,7 @@ from tqdm import tqdm
 
 from . import metrics, retrieval
 from .metrics import MEASURES, Estimate
-from .sources import choose, choose_all, whole_file
+from .sources import choose, choose_all, describe_file, whole_file
 
 # %% ../nbs/09_evaluation.ipynb #a8b4da53
 def call_encoder(
@@ -412,7 +414,7 @@ def to_dict(self: Scores) -> dict:
 
 # %% ../nbs/09_evaluation.ipynb #28434f5b
 @patch(cls_method=True)
-def from_dict(cls: Scores, saved: dict, by_query: pd.DataFrame | None = None) -> "Scores":
+def from_dict(cls: Scores, saved: dict) -> "Scores":
     "The reverse of `to_dict`."
     if saved.get("format") != 2:
         raise ValueError(f"unknown format of metrics {saved.get('format')!r}; valid: 2")
@@ -421,7 +423,65 @@ def from_dict(cls: Scores, saved: dict, by_query: pd.DataFrame | None = None) ->
     cells = pd.concat([pd.DataFrame({"task": task, **columns}) for task, columns in saved["cells"].items()], ignore_index=True)
     cells = cells.astype(dict.fromkeys(cells.columns[4:], float))
     info = {key: value for key, value in saved.items() if key not in ("format", "averages", "cells")}
-    return cls(info, cells, saved_estimates=table, saved_by_query=by_query)
+    return cls(info, cells, saved_estimates=table)
+
+# %% ../nbs/09_evaluation.ipynb #5e1a0d02
+class DamagedFile(ValueError):
+    "A file that was written here is missing, or is not as it was written."
+
+    def __init__(
+        self,
+        path,  # the file
+        what: str,  # what has happened to it: "is missing"
+    ):
+        super().__init__(f"{path} {what}; remove {Path(path).parent} to compute it again")
+
+
+def read_part(
+    path,  # a file that was written here
+    read,  # called with it
+):  # what `read` returns
+    "Read a file; raise `DamagedFile` if it is missing or cannot be read."
+    if not Path(path).exists():
+        raise DamagedFile(path, "is missing")
+    try:
+        return read(Path(path))
+    except DamagedFile:
+        raise
+    except Exception as error:  # whatever the readers of JSON, pandas and Arrow make of broken files
+        raise DamagedFile(path, f"is damaged ({type(error).__name__}: {str(error)[:200]})") from error
+
+# %% ../nbs/09_evaluation.ipynb #5e1a0d05
+def content_sha256(content: dict) -> str:
+    "SHA-256 of what a JSON file says, whatever its spaces and the order of its entries."
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def seal(
+    content: dict,  # fit for JSON
+    folder,  # where it will be written
+    names=(),  # files in `folder` that belong to it
+) -> dict:
+    "The content, with `files`: size and SHA-256 of each, and `sha256`: its own."
+    content = json.loads(json.dumps(content | {"files": {name: describe_file(Path(folder, name)) for name in names}}))
+    return content | {"sha256": content_sha256(content)}
+
+
+def read_sealed(
+    path,  # a JSON file, sealed or not
+) -> tuple[dict, list | None]:  # its content, and the names of the files that belong to it: None without a seal
+    "Read a JSON file; raise `DamagedFile` if it, or a file that belongs to it, is not as it was when it was sealed."
+    content = read_part(path, lambda file: dict(json.loads(file.read_bytes())))
+    if not content.keys() & {"files", "sha256"}:
+        return content, None
+    if content.pop("sha256", None) != content_sha256(content):
+        raise DamagedFile(path, "is damaged: it does not say what was written")
+    files = content.pop("files")
+    for name, written in files.items():
+        found = read_part(Path(path).parent / name, describe_file)
+        if found != written:
+            raise DamagedFile(Path(path).parent / name, f"is damaged: it has {found[0]} bytes instead of {written[0]}" if found[0] != written[0] else "is damaged: its SHA-256 is another")
+    return content, list(files)
 
 # %% ../nbs/09_evaluation.ipynb #a1344d69
 def significant(
@@ -454,7 +514,7 @@ def save(
     keep=None,  # measures to keep of each query; None: all of a table with at most `SMALL_TABLE` rows, the first of a larger one
 ) -> Path:
     "Write metrics.json and, with the rounded rows of `by_query` without the worst rank (and of a large table the normalised distance), per_query.parquet into `folder`."
-    folder, table = Path(folder), self.by_query
+    folder, table, files = Path(folder), self.by_query, []
     folder.mkdir(parents=True, exist_ok=True)
     if table is not None:
         there = [name for name in self.measures if name in table]
@@ -462,21 +522,34 @@ def save(
         keep = choose_all("measure", (there if small else there[:1]) if keep is None else keep, there)
         other = ["worst_rank"] if small else ["worst_rank", "normalized_rank_distance"]
         rows = table.drop(columns=[name for name in [*there, *other] if name in table and name not in keep])
-        with whole_file(folder / "per_query.parquet") as path:
+        files = ["per_query.parquet"]
+        with whole_file(folder / files[0]) as path:
             write_rows(path, rows, keep)
     with whole_file(folder / "metrics.json") as path:
-        path.write_text(json_lines(self.to_dict()))
+        path.write_text(json_lines(seal(self.to_dict(), folder, files)))
     return folder
 
 # %% ../nbs/09_evaluation.ipynb #a01603e1
+def read_rows(
+    path,  # what `write_rows` wrote
+    languages: list[str],  # of the queries
+) -> pd.DataFrame:  # columns query_id, query_language, task and numbers
+    "Read the rows by query, in the order of `by_query_table`; raise `ValueError` for an unknown language or task."
+    rows = pd.read_parquet(path).astype({"query_language": pd.CategoricalDtype(languages), "task": pd.CategoricalDtype(TASKS)})
+    if rows[["query_id", "query_language", "task"]].isna().any(axis=None):
+        raise ValueError(f"rows without a query, or of other languages than {', '.join(languages)}")
+    return rows.sort_values(["task", "query_language", "query_id"], ignore_index=True)
+
+
 @patch(cls_method=True)
 def load(cls: Scores, folder) -> "Scores":
-    "Read what `save` wrote: `by_query` with the measures that were kept, no `per_query`."
-    saved, table = json.loads(Path(folder, "metrics.json").read_text()), Path(folder, "per_query.parquet")
-    if not table.exists():
-        return cls.from_dict(saved)
-    rows = pd.read_parquet(table).astype({"query_language": pd.CategoricalDtype(saved["languages"]), "task": pd.CategoricalDtype(TASKS)})
-    return cls.from_dict(saved, rows.sort_values(["task", "query_language", "query_id"], ignore_index=True))
+    "Read what `save` wrote: `by_query` with the measures that were kept, no `per_query`. Raises `DamagedFile` if a file is missing or not as it was written."
+    path, table = Path(folder, "metrics.json"), Path(folder, "per_query.parquet")
+    saved, files = read_sealed(path)
+    scores = read_part(path, lambda _: cls.from_dict(saved))
+    if table.exists() if files is None else table.name in files:
+        scores.saved_by_query = read_part(table, lambda file: read_rows(file, scores.info["languages"]))
+    return scores
 
 # %% ../nbs/09_evaluation.ipynb #570f9706
 def own_corpus_top(

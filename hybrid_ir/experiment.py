@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['COMPUTING_MODULES', 'PACKAGES', 'SHARD_ROWS', 'BenchmarkChoice', 'parse_benchmark', 'RunConfig', 'bare_source',
-           'code_hash', 'processor_name', 'environment', 'read_part', 'read_json', 'slug', 'run_folder',
-           'checkpoint_folder', 'open_run_folder', 'ShardedEncoder', 'untouched_folder', 'rows_of', 'select',
-           'evaluate_missing', 'load_trained', 'Run', 'read_run', 'training_batches', 'trained_encoder', 'is_complete',
-           'compute', 'run', 'evaluated', 'complete_runs']
+           'code_hash', 'processor_name', 'environment', 'read_json', 'slug', 'run_folder', 'checkpoint_folder',
+           'reports_folder', 'open_run_folder', 'ShardedEncoder', 'untouched_folder', 'rows_of', 'select',
+           'evaluate_missing', 'load_trained', 'Run', 'read_scores', 'warn_of_precisions', 'read_run',
+           'training_batches', 'environment_of', 'check_same_environment', 'check_same_log', 'trained_encoder',
+           'is_complete', 'compute', 'run', 'evaluated', 'read_config', 'complete_runs']
 
 # %% ../nbs/10_experiment.ipynb #b7a00a13
 import ast
@@ -22,6 +23,7 @@ from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from functools import cache
 from importlib.metadata import version
+from io import StringIO
 from itertools import islice
 from pathlib import Path
 
@@ -33,11 +35,11 @@ from accelerate import PartialState
 import hybrid_ir
 from .benchmarks import BENCHMARKS, Benchmark, load_benchmark
 from .encoders import KNOWN_LANGUAGES, Encoder, check_encoder_name, choose_device, choose_precision, load_encoder
-from .evaluation import Scores, embed, score_embeddings
+from .evaluation import DamagedFile, Scores, embed, read_part, read_sealed, score_embeddings, seal
 from .index import encode_corpus, encoder_identity
 from .pairs import ParallelPairs, load_pairs
 from .samplers import SAMPLERS, BatchSampler, composition
-from .sources import CHECKSUMS, cache_dir, choose, choose_all, find_damage, hold_folder, write_checksums, write_json, writing_to
+from .sources import CHECKSUMS, cache_dir, choose, choose_all, file_sha256, find_damage, hold_folder, write_checksums, write_json, writing_to
 from .training import TrainingOptions, build_sampler, checkpoints, split_pairs, train, training_options
 
 # %% ../nbs/10_experiment.ipynb #fce0f481
@@ -160,19 +162,8 @@ def environment(device: torch.device, precision: str) -> dict:
     }  # fmt: skip
 
 # %% ../nbs/10_experiment.ipynb #de6f5f92
-def read_part(path: Path, read):
-    "Read a file of a run folder; raises `FileNotFoundError` or `ValueError` with its name and the remedy if it is missing or damaged."
-    remedy = f"remove {path.parent} to compute it again"
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is missing from a run that was complete; {remedy}")
-    try:
-        return read(path)
-    except Exception as error:  # whatever the readers of JSON, pandas and Arrow make of broken files
-        raise ValueError(f"{path} is damaged ({type(error).__name__}: {str(error)[:200]}); {remedy}") from error
-
-
 def read_json(path: Path) -> dict:
-    "Read what `write_json` wrote."
+    "Read what `write_json` wrote; raises `DamagedFile` if it is missing or damaged."
     return read_part(path, lambda found: dict(json.loads(found.read_bytes())))
 
 # %% ../nbs/10_experiment.ipynb #01e70256
@@ -190,18 +181,24 @@ def checkpoint_folder(config: RunConfig) -> Path:
     "Where the checkpoints and the trained encoder of a run lie."
     return cache_dir() / "runs" / slug(config.encoder) / f"{config.sampler}-{config.key}"
 
+# %% ../nbs/10_experiment.ipynb #5e1a1002
+def reports_folder(reports: str | Path = "reports") -> Path:
+    "The folder of all reports: `reports`, seen from the folder above where the current one is the `nbs` of a checkout."
+    in_notebooks = Path.cwd().name == "nbs" and Path("../settings.ini").exists()
+    return Path("..", reports) if in_notebooks else Path(reports)
+
 # %% ../nbs/10_experiment.ipynb #79dbfc1c
 def open_run_folder(config: RunConfig, folder: Path, found: dict):
     "Claim the folder of a run; raises `ValueError` if another configuration, or other code, began it."
     folder.mkdir(parents=True, exist_ok=True)
     saved, current = folder / "config.json", json.loads(json.dumps(asdict(config)))
-    if saved.exists() and RunConfig(**read_json(saved)).key != config.key:
+    if saved.exists() and RunConfig(**read_sealed(saved)[0]).key != config.key:
         raise ValueError(f"{folder} belongs to another configuration; remove it, or use another folder")
     if (folder / "environment.json").exists():
         code = read_json(folder / "environment.json")["code"]
         if code != found["code"]:
             raise ValueError(f"{folder} was begun by other code ({code}, now {found['code']}) and is not complete; remove it and {checkpoint_folder(config)} to begin again")
-    write_json(saved, current)
+    write_json(saved, seal(current, folder))
     write_json(folder / "environment.json", found)
 
 # %% ../nbs/10_experiment.ipynb #f45cab9a
@@ -268,10 +265,12 @@ def evaluate_missing(config: RunConfig, encoder: Encoder, folders: dict[str, Pat
         sharded.clear()
 
 # %% ../nbs/10_experiment.ipynb #c6f4efeb
-def load_trained(config: RunConfig) -> Encoder:
-    "The trained encoder of a run; raises `ValueError` if its files are not as they were written."
-    folder = checkpoint_folder(config) / "encoder"
-    damage = find_damage(folder) if (folder / CHECKSUMS).exists() else ""
+def load_trained(config: RunConfig, metrics: dict) -> Encoder:
+    "The trained encoder of a run; raises `ValueError` if its files are not as they were written, or not those that the run's `metrics.json` knows."
+    folder, recorded = checkpoint_folder(config) / "encoder", metrics.get("encoder")
+    damage = find_damage(folder) if recorded or (folder / CHECKSUMS).exists() else ""
+    if not damage and recorded and file_sha256(folder / CHECKSUMS) != recorded:
+        damage = "these are not the weights that the scores of the run belong to"
     if damage:
         raise ValueError(f"{folder}: {damage}; remove this folder to train the encoder again")
     return config.load_encoder(folder)
@@ -293,19 +292,37 @@ class Run:
         folder = checkpoint_folder(self.config) / "encoder"
         if not folder.exists():
             raise FileNotFoundError(f"{folder} does not exist: the weights stay on the machine that trained them; delete {self.folder} and run again")
-        return load_trained(self.config)
+        return load_trained(self.config, self.metrics)
+
+# %% ../nbs/10_experiment.ipynb #5e1a1005
+def read_scores(folder: Path) -> Scores:
+    "The scores of a run on one benchmark; raises `DamagedFile` if they are without their table, as those of a run never are."
+    scores = Scores.load(folder)
+    if scores.by_query is None:
+        raise DamagedFile(folder / "per_query.parquet", "is missing")
+    return scores
+
+
+def warn_of_precisions(run: Run):
+    "Warn if a benchmark was evaluated in more than one precision."
+    for name, after in run.after.items():
+        before = run.before[name].info["environment"]["precision"]
+        if before != after.info["environment"]["precision"]:
+            warnings.warn(f"{run.folder}: {name} was evaluated in {before} before training and in {after.info['environment']['precision']} after it: part of the difference may come from that", stacklevel=3)
 
 
 def read_run(config: RunConfig, reports: str | Path = "reports") -> Run:
-    "Read a complete run; warns if other code computed it."
+    "Read a complete run; raises `DamagedFile`, and warns if other code computed it."
     folder = run_folder(config, reports)
-    metrics, found = (read_json(folder / f"{name}.json") for name in ("metrics", "environment"))
+    (metrics, _), found = read_sealed(folder / "metrics.json"), read_json(folder / "environment.json")
     if found["code"] != code_hash():
         warnings.warn(f"{folder} was computed by other code ({found['code']}, now {code_hash()}); delete it to compute it again", stacklevel=2)
     log = read_part(folder / "train_log.jsonl", lambda path: pd.read_json(path, lines=True))
-    places = {name: (untouched_folder(config, name, reports), folder / slug(name)) for name in config.benchmarks}
-    before, after = ({name: read_part(both[side] / "metrics.json", lambda path: Scores.load(path.parent)) for name, both in places.items()} for side in (0, 1))
-    return Run(config, folder, metrics, found, log, before, after)
+    before = {name: read_scores(untouched_folder(config, name, reports)) for name in config.benchmarks}
+    after = {name: read_scores(folder / slug(name)) for name in config.benchmarks}
+    result = Run(config, folder, metrics, found, log, before, after)
+    warn_of_precisions(result)
+    return result
 
 # %% ../nbs/10_experiment.ipynb #24d418ca
 def training_batches(pairs: ParallelPairs, options: TrainingOptions) -> tuple[ParallelPairs, BatchSampler]:
@@ -313,30 +330,62 @@ def training_batches(pairs: ParallelPairs, options: TrainingOptions) -> tuple[Pa
     training = split_pairs(pairs, options)[0]
     return training, build_sampler(training, options, options.batch_size, options.seed)
 
+# %% ../nbs/10_experiment.ipynb #5e1a1007
+def environment_of(config: RunConfig) -> dict:
+    "What this process would record with a run."
+    device = choose_device(config.device)
+    return environment(device, choose_precision(config.precision, device))
 
+
+def check_same_environment(config: RunConfig, folder: Path):
+    "Raise `ValueError` if a run has scores, but lacks the weights they belong to, and these would be trained again in another environment."
+    if any(folder.glob("*/metrics.json")):
+        read_sealed(folder / "metrics.json")
+    if not (folder / "metrics.json").exists() or (checkpoint_folder(config) / "encoder" / "hybrid_ir.json").exists():
+        return
+    recorded, found = read_json(folder / "environment.json"), environment_of(config)
+    differences = [f"{name} was {recorded.get(name)}, is {found.get(name)}" for name in sorted({*recorded, *found}) if recorded.get(name) != found.get(name)]
+    if differences:
+        raise ValueError(
+            f"{folder} has scores, but the weights they belong to are not in {checkpoint_folder(config)}, and trained again they would be others ({'; '.join(differences)}); "
+            "remove the folder to compute the whole run anew, or bring the weights from the machine that trained them")
+
+
+def check_same_log(log: pd.DataFrame, path: Path):
+    "Raise `ValueError` if a training went another way than the log at `path` says; speed does not count."
+    recorded = read_part(path, lambda found: pd.read_json(found, lines=True)).drop(columns="pairs_per_second")
+    found = pd.read_json(StringIO(log.to_json(orient="records", lines=True)), lines=True).drop(columns="pairs_per_second")
+    if not found.equals(recorded):
+        raise ValueError(f"trained again, the encoder went another way than {path} says; remove {path.parent} and run again to compute the whole run anew")
+
+# %% ../nbs/10_experiment.ipynb #5e1a1009
 def trained_encoder(config: RunConfig, folder: Path, progress: bool) -> Encoder:
-    "The encoder of a run: read from the cache, else trained; writes the log and `metrics.json` of the run."
-    started, weights, device = time.time(), checkpoint_folder(config), choose_device(config.device)
-    if (weights / "encoder" / "hybrid_ir.json").exists() and (folder / "metrics.json").exists():
-        return load_trained(config)
+    "The encoder of a run: read from the cache, else trained; the first time, writes the log and `metrics.json` of the run."
+    started, weights, complete = time.time(), checkpoint_folder(config), (folder / "metrics.json").exists()
+    if complete and (weights / "encoder" / "hybrid_ir.json").exists():
+        return load_trained(config, read_sealed(folder / "metrics.json")[0])
     pairs, options = config.load_pairs(), config.options()
     training, sampler = training_batches(pairs, options)
     drawn = composition(islice(sampler, options.steps), training)
-    if not (folder / "metrics.json").exists():
-        open_run_folder(config, folder, environment(device, choose_precision(config.precision, device)))
+    if not complete:
+        open_run_folder(config, folder, environment_of(config))
     encoder = config.load_encoder()
     result = train(encoder, pairs, folder=weights, progress=progress, **asdict(options))
+    if complete:
+        check_same_log(result.log, folder / "train_log.jsonl")
     encoder.save(weights / "encoder")
     write_checksums(weights / "encoder")
-    result.log.to_json(folder / "train_log.jsonl", orient="records", lines=True)
-    write_json(folder / "metrics.json", {
-        "training": result.to_dict(), "composition": drawn.to_dict(), "pairs": pairs.info | {"fingerprint": pairs.fingerprint},
-        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"), "wall_seconds": round(time.time() - started, 1),
-    })  # fmt: skip
+    if not complete:
+        result.log.to_json(folder / "train_log.jsonl", orient="records", lines=True)
+        write_json(folder / "metrics.json", seal({
+            "training": result.to_dict(), "composition": drawn.to_dict(), "pairs": pairs.info | {"fingerprint": pairs.fingerprint},
+            "encoder": file_sha256(weights / "encoder" / CHECKSUMS),
+            "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"), "wall_seconds": round(time.time() - started, 1),
+        }, folder, ["environment.json", "train_log.jsonl"]))  # fmt: skip
     for path in checkpoints(weights):  # the trained encoder stays, what was only for resuming goes
         shutil.rmtree(path)
     (weights / "best.safetensors").unlink(missing_ok=True)
-    return encoder
+    return load_trained(config, read_sealed(folder / "metrics.json")[0]) if complete else encoder
 
 # %% ../nbs/10_experiment.ipynb #f96bdc1c
 def is_complete(config: RunConfig, reports: str | Path = "reports") -> bool:
@@ -348,6 +397,7 @@ def is_complete(config: RunConfig, reports: str | Path = "reports") -> bool:
 
 def compute(config: RunConfig, folder: Path, reports: str | Path, progress: bool):
     "Compute what a run lacks. Other runs of the same encoder wait for its untouched scores."
+    check_same_environment(config, folder)
     before = {name: untouched_folder(config, name, reports) for name in config.benchmarks}
     with hold_folder(untouched_folder(config, "", reports).parent, wait=True):
         if not all((place / "metrics.json").exists() for place in before.values()):
@@ -355,7 +405,7 @@ def compute(config: RunConfig, folder: Path, reports: str | Path, progress: bool
             evaluate_missing(config, config.load_encoder(), before, progress)
     encoder = trained_encoder(config, folder, progress)
     evaluate_missing(config, encoder, {name: folder / slug(name) for name in config.benchmarks}, progress)
-    write_json(folder / "config.json", asdict(config) | {"benchmarks": sorted({*evaluated(folder), *config.benchmarks})})
+    write_json(folder / "config.json", seal(asdict(config) | {"benchmarks": sorted({*evaluated(folder), *config.benchmarks})}, folder))
 
 
 def run(
@@ -366,15 +416,25 @@ def run(
     "The run of a configuration: read from its folder as far as it is complete there, else computed. Raises `FolderInUse` while another process computes it."
     if not is_complete(config, reports):
         folder = run_folder(config, reports)
-        with hold_folder(folder), writing_to(folder, "make room on the disks of the reports and of the cache, and start the same run again"):
+        with hold_folder(folder) as left_behind, writing_to(folder, "make room on the disks of the reports and of the cache, and start the same run again"):
+            if left_behind:
+                warnings.warn(f"{folder}: {left_behind} did not come to its end; this run goes on with what it left", stacklevel=2)
             compute(config, folder, reports, progress)
     return read_run(config, reports)
 
 # %% ../nbs/10_experiment.ipynb #d348634e
 def evaluated(folder: Path) -> list[str]:
     "The benchmarks that a run has scores of, of those in its `config.json`."
-    saved = read_json(folder / "config.json")["benchmarks"] if (folder / "config.json").exists() else []
+    saved = read_sealed(folder / "config.json")[0]["benchmarks"] if (folder / "config.json").exists() else []
     return [name for name in saved if (folder / slug(name) / "metrics.json").exists()]
+
+
+def read_config(folder: Path, benchmarks) -> RunConfig:
+    "The configuration of a run folder, with these benchmarks; raises `DamagedFile` if it is not the one that the folder is named by."
+    config = RunConfig(**read_sealed(folder / "config.json")[0] | {"benchmarks": tuple(benchmarks)})
+    if run_folder(config).name != folder.name:
+        raise DamagedFile(folder / "config.json", "is damaged: it is not the configuration that the folder is named by")
+    return config
 
 
 def complete_runs(
@@ -388,7 +448,7 @@ def complete_runs(
     wanted, asked, found = RunConfig(**values), (benchmarks,) if isinstance(benchmarks, str) else benchmarks, []
     for path in Path(reports).glob("*/runs/*/metrics.json"):
         there = evaluated(path.parent)
-        config = RunConfig(**read_json(path.parent / "config.json") | {"benchmarks": tuple(asked or there)})
+        config = read_config(path.parent, asked or there or wanted.benchmarks)
         if there and set(config.benchmarks) <= set(there) and all(getattr(config, name) == getattr(wanted, name) for name in values):
             found.append(config)
     order = {sampler: place for place, sampler in enumerate(SAMPLERS)}

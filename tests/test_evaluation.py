@@ -1,7 +1,9 @@
 "Evaluation: every setting against ir_measures, one encoding pass, any kind of encoder, saving, errors before work."
 
 import json
+import os
 from collections import Counter
+from pathlib import Path
 
 import ir_measures
 import numpy as np
@@ -12,6 +14,7 @@ import torch
 from hybrid_ir import metrics, retrieval
 from hybrid_ir.benchmarks import Benchmark, load_benchmark
 from hybrid_ir.evaluation import (
+    DamagedFile,
     Scores,
     compare,
     compare_gap,
@@ -227,13 +230,39 @@ def test_save_and_load(tmp_path):
     loaded.save(tmp_path / "again")
     for name in ("metrics.json", "per_query.parquet"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "new" / "run" / name).read_bytes()
-    (tmp_path / "new" / "run" / "per_query.parquet").unlink()
-    means = Scores.load(tmp_path / "new" / "run")
+    means = Scores.load(Scores.from_dict(loaded.to_dict()).save(tmp_path / "again"))  # averages only, over a folder with a table
     assert means.summary().equals(loaded.summary()) and means.by_query is None
     with pytest.raises(ValueError, match="averages only"):
         compare(means, loaded)
     with pytest.raises(ValueError, match="format"):
         Scores.from_dict({})
+
+
+def unsealed(folder: Path):
+    "Take the seal off, as scores of earlier versions have none."
+    content = json.loads((folder / "metrics.json").read_text())
+    (folder / "metrics.json").write_text(json.dumps({name: value for name, value in content.items() if name not in ("files", "sha256")}))
+
+
+def test_damaged_scores(tmp_path):
+    folder = evaluate(small_vectors, small_benchmark(), progress=False).save(tmp_path / "scores")
+    metrics, table = (folder / "metrics.json").read_text(), (folder / "per_query.parquet").read_bytes()
+    for name, content, message in [
+        ("per_query.parquet", None, "per_query.parquet is missing"), ("per_query.parquet", table[:-1], r"per_query.parquet is damaged: it has \d+ bytes instead of \d+"),
+        ("per_query.parquet", table[:500] + bytes([table[500] ^ 1]) + table[501:], "per_query.parquet is damaged: its SHA-256"),
+        ("metrics.json", None, "metrics.json is missing"), ("metrics.json", metrics[:-9], "metrics.json is damaged"), ("metrics.json", "[]", "metrics.json is damaged"),
+        ("metrics.json", metrics.replace("0.", "1.", 1), "metrics.json is damaged: it does not say what was written"),
+        ("metrics.json", metrics.replace('"sha256": "', '"sha257": "'), "metrics.json is damaged"), ("metrics.json", metrics.replace('"files"', '"filfs"'), "metrics.json is damaged"),
+    ]:  # fmt: skip
+        (folder / name).write_bytes(content.encode() if isinstance(content, str) else content) if content is not None else (folder / name).unlink()
+        with pytest.raises(DamagedFile, match=f"{message}.*; remove .*scores to compute it again"):
+            Scores.load(folder)
+        (folder / "metrics.json").write_text(metrics), (folder / "per_query.parquet").write_bytes(table)
+    unsealed(folder)
+    assert Scores.load(folder).by_query.equals(Scores.load(folder).by_query)
+    os.truncate(folder / "per_query.parquet", len(table) // 2)
+    with pytest.raises(DamagedFile, match="per_query.parquet is damaged"):
+        Scores.load(folder)
 
 
 def test_saved_rows_are_by_query_and_rounded(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import nbformat
 import pandas as pd
@@ -15,7 +16,7 @@ from conftest import ROOT
 from tiny import save_tiny
 
 from hybrid_ir import experiment
-from hybrid_ir.experiment import BenchmarkChoice, RunConfig, checkpoint_folder, complete_runs, parse_benchmark, read_run, run, run_folder
+from hybrid_ir.experiment import BenchmarkChoice, RunConfig, checkpoint_folder, complete_runs, parse_benchmark, read_run, reports_folder, run, run_folder
 from hybrid_ir.samplers import SAMPLERS
 
 SMALL = dict(languages="de,en,th", batch_size=8, steps=6, validate_every=3, checkpoint_every=3, learning_rate=1e-3, query_length=32, passage_length=64)
@@ -67,6 +68,82 @@ def test_lost_weights_are_trained_again(encoder, tmp_path):
     again = run(RunConfig(encoder=encoder, **SMALL, benchmarks=("sample", "sample:de+en")), tmp_path, progress=False)
     assert again.log.drop(columns="pairs_per_second").equals(first.log.drop(columns="pairs_per_second"))
     assert (again.load_encoder().encode(["Wie?"]) == first.load_encoder().encode(["Wie?"])).all()
+
+
+MORE = ("sample", "sample:de+en")
+
+
+def test_lost_weights_are_not_trained_again_in_another_environment(encoder, tmp_path, monkeypatch):
+    config, more = (RunConfig(encoder=encoder, **SMALL, precision="fp32", benchmarks=names) for names in ("sample", MORE))
+    first = run(config, tmp_path, progress=False)
+    shutil.rmtree(checkpoint_folder(config))
+    before, known = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.suffix in (".json", ".jsonl", ".parquet")}, experiment.environment
+    with monkeypatch.context() as patch:
+        for name in ("train", "load_encoder", "load_pairs", "load_benchmark"):
+            patch.setattr(experiment, name, lambda *arguments, **options: pytest.fail("something slow was started"))
+        for changes in ({"precision": "bf16"}, {"code": "0123456789", "torch": "9.9"}, {"device": "Another GPU", "processor": "Another"}):
+            patch.setattr(experiment, "environment", lambda *arguments: known(*arguments) | changes)
+            with pytest.raises(ValueError, match=f"trained again they would be others .*remove the folder to compute the whole run anew") as caught:
+                run(more, tmp_path, progress=False)
+            assert str(first.folder) in str(caught.value) and all(f"{name} was {first.environment[name]}, is {value}" in str(caught.value) for name, value in changes.items())
+    assert before == {path: path.read_bytes() for path in before}, "nothing was touched"
+    again = run(more, tmp_path, progress=False)
+    assert {path.name for path, content in before.items() if path.read_bytes() != content} == {"config.json"}, "what was there stays as it was"
+    assert again.metrics == first.metrics and set(again.after) == set(MORE)
+
+
+def test_a_second_training_that_goes_another_way_is_refused(encoder, tmp_path, monkeypatch):
+    config, train, folder = RunConfig(encoder=encoder, **SMALL), experiment.train, checkpoint_folder
+    first = run(config, tmp_path, progress=False)
+    shutil.rmtree(checkpoint_folder(config))
+
+    def other(*arguments, **options):
+        result = train(*arguments, **options)
+        result.log.loc[2, "loss"] += 1e-6
+        return result
+
+    monkeypatch.setattr(experiment, "train", other)
+    with pytest.raises(ValueError, match="went another way than .*train_log.jsonl says; remove .* compute the whole run anew"):
+        run(RunConfig(encoder=encoder, **SMALL, benchmarks=MORE), tmp_path, progress=False)
+    assert not (checkpoint_folder(config) / "encoder").exists() and not (first.folder / "sample-de+en").exists()
+
+
+def test_weights_of_another_run_are_not_evaluated(encoder, tmp_path, monkeypatch):
+    config = RunConfig(encoder=encoder, **SMALL)
+    first, trained = run(config, tmp_path / "here", progress=False), checkpoint_folder(config) / "encoder"
+    experiment.load_encoder(encoder).save(trained)  # the untouched weights, as whole as the others
+    experiment.write_checksums(trained)
+    for use in (first.load_encoder, lambda: run(RunConfig(encoder=encoder, **SMALL, benchmarks=MORE), tmp_path / "here", progress=False)):
+        with pytest.raises(ValueError, match="not the weights that the scores of the run belong to; remove this folder"):
+            use()
+
+
+def test_two_precisions_are_told(encoder, tmp_path):
+    config = RunConfig(encoder=encoder, **SMALL, precision="fp32")
+    run(config, tmp_path, progress=False)
+    scores = experiment.Scores.load(experiment.untouched_folder(config, "sample", tmp_path))
+    scores.info["environment"]["precision"] = "bf16"
+    scores.save(experiment.untouched_folder(config, "sample", tmp_path))
+    with pytest.warns(UserWarning, match="sample was evaluated in bf16 before training and in fp32 after it"):
+        run(config, tmp_path, progress=False)
+
+
+def test_a_configuration_that_was_changed_is_found(encoder, tmp_path):
+    config = RunConfig(encoder=encoder, **SMALL)
+    file = run(config, tmp_path, progress=False).folder / "config.json"
+    whole = file.read_text()
+    other = json.dumps(experiment.asdict(RunConfig(encoder=encoder, **SMALL, seed=1)))
+    for content, message in ((other, "not the configuration that the folder is named by"), (whole.replace('"seed": 0', '"seed": 1'), "not say what was written"), (whole[:-9], "damaged"), (None, "missing")):
+        file.write_text(content) if content else file.unlink()
+        with pytest.raises(ValueError, match=f"config.json is .*{message}"):
+            complete_runs(tmp_path)
+
+
+def test_runs_in_progress_are_left_out(encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "evaluate_missing", lambda config, encoder, folders, progress: None if "untouched" in str(folders) else (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run(RunConfig(encoder=encoder, **SMALL), tmp_path, progress=False)
+    assert complete_runs(tmp_path) == []
 
 
 def test_benchmarks_as_words():
@@ -127,11 +204,11 @@ def test_folders_of_other_code_or_configuration_are_refused(encoder, tmp_path, m
         patch.setattr(experiment, "code_hash", lambda: "0123456789")
         with pytest.raises(ValueError, match="begun by other code .*0123456789"):
             run(config, tmp_path, progress=False)
-    content = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(content | {"steps": 99}))
+    content = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(json.dumps(experiment.asdict(RunConfig(encoder=encoder, **SMALL | {"steps": 99}))))
     with pytest.raises(ValueError, match="another configuration"):
         run(config, tmp_path, progress=False)
-    (folder / "config.json").write_text(json.dumps(content))
+    (folder / "config.json").write_text(content)
     run(config, tmp_path, progress=False)
     monkeypatch.setattr(experiment, "code_hash", lambda: "0123456789")
     with pytest.warns(UserWarning, match="computed by other code"):
@@ -151,10 +228,10 @@ def test_wrong_configurations_fail_before_anything_is_loaded(monkeypatch, tmp_pa
     assert not list(tmp_path.rglob("metrics.json"))
 
 
-def papermill(output, *parameters) -> subprocess.CompletedProcess:
+def papermill(output, *parameters, folder=ROOT) -> subprocess.CompletedProcess:
     words = [word for name, value in parameters for word in ("-p", name, str(value))]
     env = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}  # the kernel chooses the one that shows figures
-    return subprocess.run([sys.executable, "-m", "papermill", str(ROOT / "nbs" / "run.ipynb"), str(output), *words], cwd=ROOT, capture_output=True, text=True, env=env)
+    return subprocess.run([sys.executable, "-m", "papermill", str(ROOT / "nbs" / "run.ipynb"), str(output), *words], cwd=folder, capture_output=True, text=True, env=env)
 
 
 def test_the_run_notebook(encoder, tmp_path):
@@ -169,6 +246,31 @@ def test_the_run_notebook(encoder, tmp_path):
     assert any(re.search(r"ids repeated within a batch\s+0", output.get("data", {}).get("text/plain", "")) for output in outputs)
     assert not any(output.output_type == "stream" and output.name == "stderr" for output in outputs)
     assert len(list((tmp_path / "reports").rglob("runs/*/metrics.json"))) == 1
+
+
+def test_the_run_notebook_in_its_own_folder(encoder, tmp_path):
+    "As JupyterLab runs it: the reports are those of the checkout, not of `nbs`."
+    checkout = tmp_path / "checkout"
+    (checkout / "nbs").mkdir(parents=True)
+    shutil.copy(ROOT / "settings.ini", checkout)
+    parameters = [("encoder", encoder), ("languages", "de,en,th"), ("batch_size", 8), ("steps", 2), ("validate_every", 2)]
+    done = papermill(tmp_path / "out.ipynb", *parameters, folder=checkout / "nbs")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(list((checkout / "reports").glob("*/runs/*/metrics.json"))) == 1 and not list((checkout / "nbs").iterdir())
+    assert "../reports/" in (tmp_path / "out.ipynb").read_text()
+
+
+def test_reports_are_those_of_the_checkout(tmp_path, monkeypatch):
+    (tmp_path / "nbs").mkdir()
+    monkeypatch.chdir(tmp_path / "nbs")
+    assert reports_folder() == Path("reports"), "a folder of this name, but no checkout"
+    (tmp_path / "settings.ini").touch()
+    assert reports_folder().resolve() == tmp_path / "reports" and reports_folder(tmp_path / "mine") == tmp_path / "mine"
+    monkeypatch.chdir(tmp_path)
+    assert reports_folder("mine") == Path("mine")
+    for name in ("run", "report", "summary"):
+        code = "".join(cell.source for cell in nbformat.read(ROOT / "nbs" / f"{name}.ipynb", as_version=4).cells)
+        assert "reports_folder(reports)" in code
 
 
 def test_the_run_notebook_names_a_wrong_parameter(tmp_path):

@@ -10,20 +10,29 @@ import io
 import json
 import os
 import random
+import shutil
 import warnings
 import zipfile
 from collections import Counter
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
+from tiny import save_tiny
 
 from hybrid_ir.benchmarks import load_benchmark, read_beir_texts, read_captions, read_judgements, read_topics
+from hybrid_ir.encoders import load_encoder
+from hybrid_ir.evaluation import DamagedFile, Scores, evaluate
+from hybrid_ir.exchange import dataset_to_pairs
 from hybrid_ir.pairs import ParallelPairs, load_pairs, read_json_lines, read_paragraphs, sample_file
+from hybrid_ir.sources import find_damage, write_checksums
 
 CASES = int(os.environ.get("HYBRID_IR_FUZZ") or 40)
 PROMISE = "whatever is in a file: its content, or an error that names it"
@@ -74,7 +83,7 @@ def damage(whole: bytes, chance: random.Random) -> bytes:
 
 
 def fuzzed(test):
-    "Run a test with many seeds; hypothesis chooses, remembers and shrinks them."
+    "Run a test with many seeds, drawn by hypothesis: the same ones every time. A failure prints its seed; seeds are not shrunk, a smaller one is no simpler case."
     options = settings(max_examples=CASES, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.generate])
     return options(given(seed=st.integers(0, 2**32 - 1))(test))
 
@@ -93,7 +102,7 @@ class Outcomes:
                 warnings.simplefilter("ignore")
                 result = load()
         except (ValueError, FileNotFoundError) as error:
-            assert type(error) in (ValueError, FileNotFoundError), f"not an error of ours: {error!r:.500}"
+            assert type(error) in (ValueError, FileNotFoundError, DamagedFile), f"not an error of ours: {error!r:.500}"
             assert any(name in str(error) for name in names), f"names no file: {error!r:.500}"
             assert len(str(error)) < 2000, f"a message of {len(str(error))} characters"
             self.counts["refused"] += 1
@@ -101,8 +110,8 @@ class Outcomes:
         self.counts["accepted"] += 1
         return result
 
-    def row(self) -> str:
-        return f"{self.counts['cases']:,} files: {self.counts['accepted']:,} read as a plain reader reads them, {self.counts['refused']:,} refused by an error that names the file"
+    def row(self, what: str = "files", names: str = "the file") -> str:
+        return f"{self.counts['cases']:,} {what}: {self.counts['accepted']:,} read as a plain reader reads them, {self.counts['refused']:,} refused by an error that names {names}"
 
 
 @pytest.fixture
@@ -151,7 +160,7 @@ def test_records_with_strange_texts(outcomes, fault_row):
             assert rows_of(pairs) == texts_of(records)
 
     run()
-    fault_row(PROMISE, "training records with NUL, half surrogates, marks for right-to-left, a million characters, nothing at all", outcomes.row())
+    fault_row(PROMISE, "training records with NUL, half surrogates, marks for right-to-left, a million characters, nothing at all", outcomes.row("sets of records", "the record"))
 
 
 def test_json_lines_of_pairs(tmp_path, outcomes, fault_row):
@@ -178,8 +187,16 @@ def test_json_lines_of_pairs(tmp_path, outcomes, fault_row):
     fault_row(PROMISE, "JSON lines of training pairs, plain and gzipped, with damaged bytes or values of another kind", outcomes.row())
 
 
+def plain_dataset(files: dict[str, bytes], folder: Path) -> list[dict]:
+    "The records of a folder of datasets, read by Arrow and by the JSON of Python alone."
+    name = next(name for name in files if name.endswith((".arrow", ".parquet", ".jsonl")))
+    if name.endswith(".jsonl"):
+        return [json.loads(line) for line in files[name].split(b"\n") if line.strip()]
+    return (pa.ipc.open_stream(files[name]).read_all() if name.endswith(".arrow") else pa.parquet.read_table(pa.BufferReader(files[name]))).to_pylist()
+
+
 def test_dataset_folders(tmp_path, outcomes, fault_row, monkeypatch):
-    "Parquet, JSON lines and saved datasets in a folder, as `datasets` reads them."
+    "Folders as `save_to_disk` writes them, as the Hub keeps them, with Parquet, with JSON lines."
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hub-cache")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", True)
     good = [record(number) for number in range(3)]
@@ -187,31 +204,52 @@ def test_dataset_folders(tmp_path, outcomes, fault_row, monkeypatch):
     saved = {path.name: path.read_bytes() for path in (tmp_path / "saved").iterdir()}
     buffer = io.BytesIO()
     pa.parquet.write_table(pa.Table.from_pylist(good), buffer)
-    parquet, counter = buffer.getvalue(), iter(range(10**9))
+    hub = {
+        "README.md": b"---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/train-*\n---\n# Mine\n",
+        "data/train-00000-of-00001.parquet": buffer.getvalue(),
+    }
+    counter = iter(range(10**9))
 
     def run(seed):
         chance = random.Random(seed)
         folder = tmp_path / f"mine{next(counter)}"
-        folder.mkdir()
-        kind = chance.randrange(3)
-        if kind == 0:
-            name, files = None, dict(saved)
-            name = chance.choice(list(files))
-            files[name] = damage(files[name], chance)
-        elif kind == 1:
-            files = {"train.parquet": damage(parquet, chance)}
-        else:
+        kind = chance.choice(["saved", "parquet", "hub", "json"])
+        if kind == "json":
             changed = [replace_one(one, chance, chance.choice(VALUES)) if chance.random() < 0.5 else one for one in good]
             files = {"train.jsonl": b"\n".join(dump(one) for one in changed) + b"\n"}
+        else:
+            files = dict({"saved": saved, "parquet": {"train.parquet": buffer.getvalue()}, "hub": hub}[kind])
+            name = chance.choice(list(files))
+            files[name] = damage(files[name], chance) if chance.random() < 0.9 else files[name]
         for name, content in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(content)
-        pairs = outcomes.check(lambda: load_pairs(folder), folder.name)
-        if pairs is not None and kind == 0:
-            assert len(pairs) and len(pairs) <= 6
+        pairs = outcomes.check(lambda: load_pairs(f"hf:{folder}" if kind == "hub" else folder), folder.name)
+        if pairs is not None:
+            assert rows_of(pairs) == texts_of(plain_dataset(files, folder)), (seed, kind)
 
     for seed in range(max(10, CASES // 4)):
         run(seed)
-    fault_row(PROMISE, "folders of Parquet, JSON lines and saved datasets, with damaged bytes or values of another kind", outcomes.row())
+    fault_row(PROMISE, "datasets as `save_to_disk` writes them, as the Hub keeps them (a card and Parquet), Parquet, JSON lines, with damaged bytes or values of another kind", outcomes.row("folders", "the folder"))
+
+
+def test_rows_of_datasets(outcomes, fault_row):
+    "Rows {id, language, query, passage}, as they lie on the Hub, in any order."
+
+    @fuzzed
+    def run(seed):
+        chance = random.Random(seed)
+        rows = [{"id": f"page|{n}", "language": lang, "query": f"question {n} {lang}", "passage": f"passage {n} {lang}"} for n in range(4) for lang in ("ar", "en")]
+        chance.shuffle(rows)
+        for _ in range(chance.choice([0, 1, 1, 2])):
+            chance.choice(rows)[chance.choice(list(rows[0]))] = chance.choice([None, *(text for text in STRANGE if not any("\ud800" <= c <= "\udfff" for c in text))])
+        pairs = outcomes.check(lambda: dataset_to_pairs(datasets.Dataset.from_list(rows)), "record", "row ", "language", "id ")
+        if pairs is not None:
+            kept = sorted((row["id"], row["language"], row["query"], row["passage"]) for row in rows if row["query"] is not None or row["passage"] is not None)
+            assert sorted(rows_of(pairs)) == kept, (seed, rows)
+
+    run()
+    fault_row(PROMISE, "rows of a dataset (id, language, query, passage) with strange texts, nothing, ids or languages that repeat", outcomes.row("datasets", "the row, the record, the id or the language"))
 
 
 MMARCO = {
@@ -302,6 +340,10 @@ def test_beir_folders(tmp_path, outcomes, fault_row):
                 texts = {str(one["_id"]): f"{one.get('title') or ''} {one['text']}".strip() for one in plain}
                 assert all(texts[key] == text for key, text in zip(frame["id"], frame["text"], strict=True)), files[target]
                 assert name == "queries.jsonl" or len(texts) == len(frame) == len(plain)
+            lines = [line.removesuffix("\r").split("\t") for line in files["qrels/test.tsv"].decode("utf-8-sig").split("\n") if line.removesuffix("\r")]
+            expected = {(query, passage): int(grade) for query, passage, grade in ((parts[0], *parts[-2:]) for parts in lines if parts[-1] not in ("score", "relevance", "label", "grade"))}
+            linked = zip(found.queries["id"].iloc[found.judgement_queries], found.passages["id"].iloc[found.judgement_passages], found.judgement_grades)
+            assert {(query, passage): grade for query, passage, grade in linked} == {key: grade for key, grade in expected.items() if grade > 0}, files["qrels/test.tsv"]
 
     run()
     fault_row(PROMISE, "BEIR folders with damaged bytes, strange texts, values of another kind", outcomes.row())
@@ -329,8 +371,11 @@ def test_judgements_and_topics(tmp_path, outcomes, fault_row):
             lines = [line.removesuffix("\r") for line in content.decode("utf-8-sig").split("\n")]
             lines = [line for line in (lines if name == "topics.tsv" else [line for line in lines if line]) if line.strip()]
             assert len(frame) == len(lines), content
-            if name != "topics.tsv":
-                assert [str(grade) for grade in frame["grade"]] == [str(int(line.split("\t")[-1])) for line in lines]
+            cells = [line.split("\t") for line in lines]
+            if name == "topics.tsv":
+                assert list(zip(frame["id"], frame["text"])) == [(number, text) for number, text in cells], content
+            else:
+                assert list(zip(frame["query_id"], frame["passage_id"], frame["grade"])) == [(parts[0], parts[-2], int(parts[-1])) for parts in cells], content
 
     run()
     fault_row(PROMISE, "tables of judgements and topics (BEIR, TREC, MIRACL) with damaged lines and grades that are no numbers", outcomes.row())
@@ -347,8 +392,8 @@ def test_gzipped_corpora(tmp_path, outcomes, fault_row):
         path.write_bytes(damage(whole, chance))
         frame = outcomes.check(lambda: read_beir_texts(path, "yo", "docid"), "docs-0.jsonl.gz")
         if frame is not None and len(frame):
-            plain = gzip.decompress(path.read_bytes())
-            assert len(frame) == sum(bool(line.strip()) for line in plain.split(b"\n"))
+            plain = [json.loads(line.decode("utf-8-sig")) for line in gzip.decompress(path.read_bytes()).split(b"\n") if line.strip()]
+            assert list(zip(frame["id"], frame["text"])) == [(str(one["docid"]), f"{one.get('title') or ''} {one['text']}".strip()) for one in plain]
 
     run()
     fault_row(PROMISE, "gzipped corpora of MIRACL with damaged bytes", outcomes.row())
@@ -373,13 +418,84 @@ def test_captions(tmp_path, outcomes, fault_row):
             content = damage(buffer.getvalue(), chance) if kind == 3 else buffer.getvalue()
         path.write_bytes(content)
         found = outcomes.check(lambda: read_captions(path), path.name)
-        if found is not None and path.suffix == ".jsonl":
+        if found is not None:
+            if path.suffix == ".zip":
+                with zipfile.ZipFile(path) as archive:
+                    content = archive.read(next(name for name in archive.namelist() if Path(name).name == "captions.jsonl"))
             plain = [json.loads(line.decode("utf-8-sig")) for line in content.split(b"\n") if line.strip()]
-            assert list(found) == [one["image/key"] for one in plain]
+            captions = lambda one: {lang: [text for text in one[lang].get("caption") or [] if text.strip()] for lang in one if not lang.startswith("image/")}
+            assert found == {one["image/key"]: captions(one) for one in plain} and list(found) == [one["image/key"] for one in plain]
         assert {entry.name for entry in tmp_path.iterdir()} <= {"captions.jsonl", "captions.zip", "cache"}, "an archive is never unpacked"
 
     run()
     fault_row(PROMISE, "captions of XM3600, plain and zipped, with damaged bytes, values of another kind, members outside the archive", outcomes.row())
+
+
+# -------------------------------------------------------------- what this package wrote
+
+
+def test_saved_scores(tmp_path, outcomes, fault_row):
+    "Scores with a seal, and without one, as earlier versions wrote them."
+    whole = evaluate(lambda texts, kind: np.random.default_rng(len(texts)).normal(size=(len(texts), 8)), load_benchmark("sample", "de,en".split(",")), progress=False)
+    folder = whole.save(tmp_path / "scores")
+    names = ("metrics.json", "per_query.parquet")
+    sealed = {name: (folder / name).read_bytes() for name in names}
+    plain = {name: value for name, value in json.loads(sealed["metrics.json"]).items() if name not in ("files", "sha256")}
+    old, expected, kinds = sealed | {"metrics.json": json.dumps(plain, indent=1).encode()}, Scores.load(folder), Counter()
+
+    @fuzzed
+    def run(seed):
+        chance = random.Random(seed)
+        is_sealed, name = chance.random() < 0.5, chance.choice(names)
+        files = dict(sealed if is_sealed else old)
+        by_value = name == "metrics.json" and chance.random() < 0.5
+        files[name] = dump(replace_one(json.loads(files[name]), chance, chance.choice(VALUES))) if by_value else damage(files[name], chance)
+        for part in names:
+            (folder / part).write_bytes(files[part])
+        found = outcomes.check(lambda: Scores.load(folder), *names)
+        kinds[is_sealed, found is not None] += 1
+        if found is not None and is_sealed:
+            assert found.to_dict() == expected.to_dict() and found.by_query.equals(expected.by_query), seed
+        elif found is not None:
+            content = json.loads(files["metrics.json"])
+            assert {key: value for key, value in content.items() if key not in ("format", "averages", "cells")} == found.info or by_value, seed
+            table = pa.parquet.read_table(pa.BufferReader(files["per_query.parquet"])).to_pandas()
+            assert sorted(found.by_query["query_id"]) == sorted(table["query_id"]) and sorted(found.by_query["map"].fillna(-1)) == sorted(table["map"].fillna(-1)), seed
+
+    run()
+    fault_row(PROMISE, "saved scores (`metrics.json`, `per_query.parquet`) with damaged bytes or values of another kind; half of them without a seal, as earlier versions wrote them",
+              f"with a seal: {kinds[True, False]:,} refused by an error that names the file, {kinds[True, True]:,} read with equal numbers (the damage was in a space or was none); without: {kinds[False, False]:,} refused, {kinds[False, True]:,} read as they are in the file")  # fmt: skip
+
+
+def test_encoder_folders(tmp_path, fault_row):
+    "Weights, tokenizer and configurations of an encoder; a folder has checksums if a run wrote it."
+    whole, counts = tmp_path / "whole", Counter()
+    load_encoder(str(save_tiny(tmp_path / "base")), device="cpu", precision="fp32").save(whole)
+    write_checksums(whole)
+    cases = max(20, CASES // 4)
+    for seed in range(cases):
+        chance = random.Random(seed)
+        place = shutil.copytree(whole, tmp_path / f"encoder{seed}")
+        path = chance.choice([path for path in sorted(place.iterdir()) if path.name != "checksums.json"])
+        kept = path.read_bytes()
+        path.unlink() if chance.random() < 0.15 else path.write_bytes(damage(kept, chance))
+        is_same = path.exists() and path.read_bytes() == kept
+        found = find_damage(place)
+        assert found.startswith(path.name) if not is_same else not found, (seed, found)
+        try:
+            encoder = load_encoder(str(place), device="cpu", precision="fp32")
+        except Exception as error:  # of the readers of transformers, tokenizers and safetensors
+            counts["refused"] += 1
+            counts["named"] += place.name in str(error)
+        else:
+            counts["loaded"] += 1
+            weights, written = encoder.backbone.state_dict(), load_file(place / "model.safetensors")
+            assert all(torch.equal(weights[name], value) for name, value in written.items() if name in weights) and set(weights) <= set(written), seed
+            assert np.isfinite(encoder.encode(["one text"], "query", progress=False)).all() or path.name == "model.safetensors", seed
+        shutil.rmtree(place)
+    fault_row(PROMISE, "folders of an encoder with a file gone or with damaged bytes",
+              f"{cases:,} folders: the checksums that a run writes name the file in every one. `load_encoder`, which does not look at them: {counts['refused']:,} refused, {counts['named']:,} of these with the name of the folder; "
+              f"{counts['loaded']:,} loaded, with the weights that are in the file")  # fmt: skip
 
 
 def test_deep_and_long_lines(tmp_path, fault_row):
