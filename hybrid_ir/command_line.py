@@ -160,14 +160,13 @@ def words(text: str) -> list[str]:
     return re.findall(r"[^\s,]+", text)
 
 
-def save_scores(scores, folder: Path, name: str, k: int):
-    "Write metrics.json, per_query.parquet and, if passages were kept, a TREC run below `folder`."
-    from hybrid_ir.experiment import slug
-    from hybrid_ir.retrieval import write_trec_run
+def save_scores(scores, folder: Path):
+    "Write metrics.json, per_query.parquet and, if passages were kept, TREC runs with their judgements."
+    from hybrid_ir.exchange import save_trec
 
-    scores.save(folder / slug(name))
-    for task in scores.runs if k else ():
-        write_trec_run(scores.run(task=task), folder / slug(name) / f"{task}.run")
+    scores.save(folder)
+    if scores.runs:
+        save_trec(scores, folder)
 
 # %% ../nbs/16_command_line.ipynb #78fed1b9
 def evaluate_command(options: argparse.Namespace) -> tuple[dict, str]:
@@ -175,7 +174,7 @@ def evaluate_command(options: argparse.Namespace) -> tuple[dict, str]:
     from hybrid_ir.benchmarks import load_benchmark
     from hybrid_ir.encoders import check_encoder_name, load_encoder
     from hybrid_ir.evaluation import TASKS, evaluate, shown_tables
-    from hybrid_ir.experiment import parse_benchmark, select
+    from hybrid_ir.experiment import parse_benchmark, select, slug
     from hybrid_ir.metrics import parse_measure
     from hybrid_ir.sources import choose_all
     from hybrid_ir.training import check_number
@@ -195,7 +194,7 @@ def evaluate_command(options: argparse.Namespace) -> tuple[dict, str]:
         found[name] = scores.to_dict()
         texts += [f"{caption}\n{table.to_string()}" for caption, table in shown_tables(scores)]
         if options.save:
-            save_scores(scores, Path(options.save), name, options.k)
+            save_scores(scores, Path(options.save) / slug(name))
     return {"encoder": options.encoder, "scores": found}, "\n\n".join(texts)
 
 # %% ../nbs/16_command_line.ipynb #e2b4f8db
@@ -404,7 +403,7 @@ def add_evaluate(commands):
     parser.add_argument("--tasks", metavar="TASK,TASK", help="of mono, cross, multi (default: all that the benchmark has judgements for)")
     parser.add_argument("--measures", default=",".join(read_constant("metrics", "MEASURES")), metavar="NAME,NAME", help="map, mrr@k, ndcg@k, recall@k (default: %(default)s)")
     parser.add_argument("--save", metavar="FOLDER", help="write metrics.json and per_query.parquet below this folder")
-    parser.add_argument("--k", type=value_type("int"), default=0, metavar="N", help="with --save, also write TREC runs with so many passages per question (default: 0, none)")
+    parser.add_argument("--k", type=value_type("int"), default=0, metavar="N", help="with --save, also write TREC runs with so many passages per question, and their judgements (default: 0, none)")
     parser.add_argument("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or mps (default: auto)")
     parser.add_argument("--precision", default="auto", choices=read_constant("encoders", "PRECISIONS"), help="of matrix products (default: auto)")
     parser.add_argument("--pooling", choices=read_constant("encoders", "POOLINGS"), help="how token vectors become one (default: as is known of the encoder)")

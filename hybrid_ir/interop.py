@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['BASE_LICENSES', 'CARD', 'dataset_columns', 'passage_keys', 'index_dataset', 'possible_pairs', 'PairTexts',
-           'check_negatives', 'language_pairs', 'find_pair_texts', 'HybridBatchSampler', 'import_sentence_transformers',
-           'pooler_options', 'transformer_options', 'to_sentence_transformer', 'save_sentence_transformer',
-           'pooling_of', 'from_sentence_transformer', 'weights_license', 'data_section', 'training_section',
-           'results_section', 'evaluation_results', 'card_head', 'model_card']
+           'check_negative_columns', 'language_pairs', 'find_pair_texts', 'HybridBatchSampler',
+           'import_sentence_transformers', 'pooler_options', 'transformer_options', 'to_sentence_transformer',
+           'save_sentence_transformer', 'pooling_of', 'from_sentence_transformer', 'weights_license', 'data_section',
+           'training_section', 'results_section', 'evaluation_results', 'card_head', 'model_card']
 
 # %% ../nbs/14_sentence_transformers.ipynb #c025751b
 import inspect
@@ -27,7 +27,7 @@ from fastcore.basics import patch
 
 from .encoders import Encoder, EncoderConfig, UseModel, check_pooling, choose_device, load_encoder, no_file_bars
 from .evaluation import Scores, markdown_table
-from .pairs import PairIndex, ParallelPairs, build_index, text_key
+from .pairs import PairIndex, ParallelPairs, build_pair_index, text_key
 from .samplers import SAMPLERS, BatchSampler
 from .sources import choose
 
@@ -77,7 +77,7 @@ def index_dataset(
         "has_passage": pc.is_valid(columns["passage"]).to_numpy(zero_copy_only=False), "page_key": numbers.astype(np.uint64),
         "passage_key": passage_keys(columns["passage"]), "query_key": np.uint64(0),
     })
-    index = build_index([frame.iloc[order]], len(frame), list(languages.categories))
+    index = build_pair_index([frame.iloc[order]], len(frame), list(languages.categories))
     index.set_names = ["dataset"]
     return index, order
 
@@ -128,7 +128,7 @@ class PairTexts:
         return self.query_starts[rows[:, 0]] + self.passage_places[rows[:, 1]]
 
 # %% ../nbs/14_sentence_transformers.ipynb #938e90a4
-def check_negatives(dataset: datasets.Dataset, negatives):
+def check_negative_columns(dataset: datasets.Dataset, negatives):
     "Raise `ValueError` unless each of these columns holds a text in every row."
     for name in negatives:
         column = dataset.with_format("arrow").select_columns([choose("column with negatives", name, dataset.column_names)])[:].column(name)
@@ -152,7 +152,7 @@ def language_pairs(
             raise ValueError("negatives are columns of a datasets.Dataset; ParallelPairs have none of that form")
         index, texts = dataset, dataset.table
     else:
-        check_negatives(dataset, negatives)
+        check_negative_columns(dataset, negatives)
         index, order = index_dataset(dataset, id, language, query, passage)
         texts = dataset if np.array_equal(order, np.arange(len(order))) else dataset.select(order)
     rows = dict(zip(("anchor_row", "positive_row"), map(pa.array, possible_pairs(index))))

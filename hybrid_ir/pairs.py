@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['PAIR_SCHEMA', 'PAIR_COLUMNS', 'BLOCK_ROWS', 'ROW_ARRAYS', 'ID_ARRAYS', 'MAPPED_ROWS', 'SAMPLE_LANGUAGES',
            'SAMPLE_SPLITS', 'MMARCO_LANGUAGES', 'PAIR_SETS', 'MMARCO_URL', 'MMARCO_TRIPLES', 'TRIPLE_COLUMNS',
-           'MMARCO_SCHEMA', 'check_unicode', 'check_texts', 'check_negatives', 'check_record', 'read_json_lines',
-           'text_key', 'record_rows', 'write_rows', 'check_unique', 'unfinished_prefix', 'is_running', 'remove_stale',
+           'MMARCO_SCHEMA', 'check_unicode', 'check_translations', 'check_negatives', 'check_record', 'read_json_lines',
+           'text_key', 'record_rows', 'write_pairs', 'check_unique', 'unfinished_prefix', 'is_running', 'remove_stale',
            'remove_damaged', 'prepare_folder', 'prepare_rows', 'shared_edges', 'connected_ids', 'PairIndex',
-           'fill_rows', 'drop_unused_languages', 'fill_matrix', 'build_index', 'table_blocks', 'index_table',
+           'fill_rows', 'drop_unused_languages', 'fill_matrix', 'build_pair_index', 'table_blocks', 'index_table',
            'new_file', 'prepare_index', 'ParallelPairs', 'open_pairs', 'count_texts', 'row_blocks', 'take_rows',
            'select_pairs', 'split_pairs', 'joined_blocks', 'concat_pairs', 'answer_sentences', 'check_paragraph',
            'read_paragraphs', 'sample_file', 'sample_records', 'PairSet', 'load_json_lines', 'check_json_folder',
@@ -67,7 +67,7 @@ def check_unicode(
     return text
 
 # %% ../nbs/01_pairs.ipynb #b2c96f21
-def check_texts(
+def check_translations(
     field: str,  # "query" or "passage", for the message
     texts,  # {lang: text}; a missing translation may be None
     where: str,  # place and id, for the message
@@ -126,8 +126,8 @@ def check_record(
         check_unicode(str(record.get(key)), f"{where}: {key}")
     return {
         "id": pair_id,
-        "query": check_texts("query", record["query"], where),
-        "passage": check_texts("passage", record["passage"], where),
+        "query": check_translations("query", record["query"], where),
+        "passage": check_translations("passage", record["passage"], where),
         "negatives": check_negatives(record.get("negatives"), where),
         "source": record.get("source") or source,
         "page": record.get("page") or pair_id.rpartition("|")[0] or pair_id,
@@ -185,7 +185,7 @@ def record_rows(
     return rows
 
 # %% ../nbs/01_pairs.ipynb #57019abf
-def write_rows(
+def write_pairs(
     numbered_records: Iterable,  # (line or row number, record)
     path,  # the Arrow file to write
     label: str,  # what the numbers count, for messages: "pairs.jsonl line"
@@ -322,8 +322,8 @@ def prepare_rows(
     label: str,  # what the numbers count, for messages
     source: str,  # source of records that name none
 ) -> tuple[Path, dict]:
-    "Return (Arrow file, what `write_rows` said of it), from the cache or newly written."
-    folder, written = prepare_folder(key, lambda folder: write_rows(numbered_records, folder / "rows.arrow", label, source))
+    "Return (Arrow file, what `write_pairs` said of it), from the cache or newly written."
+    folder, written = prepare_folder(key, lambda folder: write_pairs(numbered_records, folder / "rows.arrow", label, source))
     return folder / "rows.arrow", written
 
 # %% ../nbs/01_pairs.ipynb #c1b3e9fb
@@ -459,7 +459,7 @@ def fill_matrix(
         matrix[arrays["id_of_row"][rows], arrays["language_of_row"][rows]] = rows
 
 # %% ../nbs/01_pairs.ipynb #01056558
-def build_index(
+def build_pair_index(
     blocks: Iterable,  # see `fill_rows`
     n_rows: int,  # in all blocks
     languages: list,  # what `lang` counts
@@ -500,11 +500,11 @@ def table_blocks(
 # %% ../nbs/01_pairs.ipynb #3f47daff
 def index_table(
     table: datasets.Dataset,  # with the columns of PAIR_SCHEMA
-    *new,  # see `build_index`
+    *new,  # see `build_pair_index`
 ) -> PairIndex:
     "The index of a table."
     languages = sorted(pc.unique(table.data.column("lang")).to_pylist())
-    return build_index(table_blocks(table, languages), len(table), languages, *new)
+    return build_pair_index(table_blocks(table, languages), len(table), languages, *new)
 
 # %% ../nbs/01_pairs.ipynb #55e022e4
 MAPPED_ROWS = 1_000_000  # the index of more rows lies on disk
@@ -578,8 +578,8 @@ class ParallelPairs(PairIndex):
 
 # %% ../nbs/01_pairs.ipynb #6c461f2e
 def open_pairs(
-    arrow_file: Path,  # written by `write_rows`
-    written: dict,  # what `write_rows` returned
+    arrow_file: Path,  # written by `write_pairs`
+    written: dict,  # what `write_pairs` returned
     name: str,  # name of the training set
     **info,  # more to remember: sha256, ...
 ) -> ParallelPairs:
@@ -651,7 +651,7 @@ def take_rows(
     if len(rows) == len(pairs):
         return pairs
     fingerprint = hashlib.blake2b(pairs.fingerprint.encode() + rows.tobytes(), digest_size=16).hexdigest()
-    index = prepare_index(fingerprint, len(rows), partial(build_index, row_blocks(pairs, rows), len(rows), pairs.languages))
+    index = prepare_index(fingerprint, len(rows), partial(build_pair_index, row_blocks(pairs, rows), len(rows), pairs.languages))
     return ParallelPairs(pairs.data, index, pairs.info, fingerprint, pairs.set_names)
 
 # %% ../nbs/01_pairs.ipynb #df7b1a8e
@@ -746,7 +746,7 @@ def concat_pairs(
     }
     fingerprint = hashlib.blake2b("".join(part.fingerprint for part in parts).encode(), digest_size=16).hexdigest()
     n_rows = sum(map(len, parts))
-    index = prepare_index(fingerprint, n_rows, partial(build_index, joined_blocks(parts, languages), n_rows, languages))
+    index = prepare_index(fingerprint, n_rows, partial(build_pair_index, joined_blocks(parts, languages), n_rows, languages))
     names = [name for part in parts for name in part.set_names]
     return ParallelPairs(datasets.concatenate_datasets([part.data for part in parts]), index, info, fingerprint, names)
 

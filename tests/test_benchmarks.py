@@ -4,7 +4,6 @@ import gzip
 import json
 import os
 import shutil
-import time
 import zipfile
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from hybrid_ir.benchmarks import (
     count_languages,
     load_beir,
     load_benchmark,
+    read_judgements,
 )
 from hybrid_ir.evaluation import evaluate
 from hybrid_ir.pairs import SAMPLE_LANGUAGES, ParallelPairs, load_pairs, sample_file
@@ -258,6 +258,8 @@ def test_miracl_yoruba(data_env):
     check_invariants(benchmark)
     assert benchmark.languages == ["yo"] and benchmark.tasks == ("mono",)
     assert len(benchmark.passages) == 49043 and len(benchmark.queries) == 119 and len(benchmark.judgement_grades) == 144
+    judged = read_judgements(data_env / "miracl" / "miracl-v1.0-yo" / "qrels" / "qrels.miracl-v1.0-yo-dev.tsv")
+    assert len(judged) == 1188 and (judged["grade"] > 0).sum() == 144  # the others say "not relevant"
     first = benchmark.passages.iloc[1]
     assert first["id"] == "598#1" and first["text"].startswith("A a (1A) kan")  # title, space, text
     assert benchmark.info["splits"] == {"yo": "dev"} and len(benchmark.info["sha256"]["yo"]) == 3
@@ -455,9 +457,7 @@ def test_language_with_queries_only(tmp_path):
 
 
 def test_xm3600(data_env):
-    started = time.perf_counter()
     benchmark = load_benchmark("xm3600")
-    assert time.perf_counter() - started < 30  # about 3 on an idle machine
     check_invariants(benchmark)
     counts = count_languages(benchmark)
     assert set(XM3600_LANGUAGES) - set(benchmark.languages) == {"he", "hi", "ru"} and len(benchmark.languages) == 33

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import ir_measures
 import nbformat
 import pytest
 from conftest import ROOT
@@ -67,11 +68,15 @@ def test_a_run_and_its_evaluation_without_jupyter(encoder, tmp_path, capsys):
     folder = run_folder(RunConfig(encoder=encoder, temperature=0.02, dropout=0.0, query_length=32, passage_length=64, languages="de,en,th", batch_size=8, steps=4, validate_every=2, checkpoint_every=2))
     assert found["folder"] == folder.as_posix() and (tmp_path / folder / "metrics.json").exists()
 
-    assert main(["evaluate", found["encoder_folder"], "--json", "--quiet", "--save", str(tmp_path / "scores"), "--k", "3"]) == 0
+    assert main(["evaluate", found["encoder_folder"], "--json", "--quiet", "--measures", "map,recall@3", "--save", str(tmp_path / "scores"), "--k", "3"]) == 0
     scores = json.loads(capsys.readouterr().out)["scores"]["sample"]
     assert scores["averages"]["multi"]["map"]["value"] == pytest.approx(found["after"]["sample"]["multi"]["map"]["value"], abs=1e-6)
-    assert {path.name for path in (tmp_path / "scores" / "sample").iterdir()} == {"metrics.json", "per_query.parquet", "multi.run", "mono.run"}
+    assert {path.name for path in (tmp_path / "scores" / "sample").iterdir()} == {"metrics.json", "per_query.parquet", "multi.run", "multi.qrels", "mono.run", "mono.qrels"}
     assert len((tmp_path / "scores" / "sample" / "multi.run").read_text().splitlines()) == 3 * scores["n_queries"]
+    for task in ("mono", "multi"):  # another tool comes to the same value from these two files alone
+        qrels, ranking = (read(str(tmp_path / "scores" / "sample" / f"{task}.{kind}")) for read, kind in ((ir_measures.read_trec_qrels, "qrels"), (ir_measures.read_trec_run, "run")))
+        theirs = ir_measures.calc_aggregate([ir_measures.R @ 3], qrels, ranking)[ir_measures.R @ 3]
+        assert theirs == pytest.approx(scores["averages"][task]["recall@3"]["value"], abs=0.01), task
 
     assert main(["run", "--encoder", encoder, *SMALL, "--reports", str(tmp_path / "reports"), "--quiet"]) == 0, "read, not computed again"
     text, errors = capsys.readouterr()

@@ -1,5 +1,9 @@
 "The sampler inside SentenceTransformerTrainer, and encoders as folders of sentence-transformers."
 
+import json
+import re
+import subprocess
+import sys
 from functools import partial
 
 import datasets
@@ -189,6 +193,26 @@ def test_an_exported_folder_gives_the_same_vectors(kind, tmp_path, tiny_folder, 
     (folder / "hybrid_ir.json").unlink()
     back = from_sentence_transformer(str(folder), device="cpu")
     assert back.config.pooling == encoder.config.pooling and np.abs(back.encode(texts, "passage") - encoder.encode(texts, "passage")).max() < 1e-6
+
+
+@pytest.mark.parametrize("name", ["use-multilingual-v3", "me5-small-q4"])
+def test_the_example_of_the_card_gives_the_same_vectors(name, tmp_path, dataset):
+    "A bundled encoder as a folder; the lines of its own card, in a fresh process."
+    encoder = load_encoder(name, device="cpu", precision="fp32")
+    folder = tmp_path / "exported"
+    save_sentence_transformer(encoder, folder, model_card(encoder, place=str(folder)))
+    texts = {"queries": dataset["query"][:8], "passages": [text for text in dataset["passage"][:12] if text]}
+    (tmp_path / "texts.json").write_text(json.dumps(texts))
+    (example,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)
+    for kind in texts:
+        example = re.sub(rf'({kind} = .*)\["\.\.\."\]', rf'\1json.load(open("texts.json"))["{kind}"]', example)
+    assert example.count("json.load") == 2
+    done = subprocess.run([sys.executable, "-c", f"import json\nimport numpy\n{example}\nnumpy.savez('vectors.npz', queries=queries, passages=passages, scores=scores)"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = np.load(tmp_path / "vectors.npz")
+    queries, passages = encoder.encode(texts["queries"], "query"), encoder.encode(texts["passages"], "passage")
+    assert np.abs(found["queries"] - queries).max() < 1e-5 and np.abs(found["passages"] - passages).max() < 1e-5
+    assert np.abs(found["scores"] - queries @ passages.T).max() < 1e-5
 
 
 def test_evaluate_gives_both_forms_the_same_scores(tiny_folder):
