@@ -41,37 +41,74 @@ def small_study(tmp_path_factory):
 def test_settings_are_chosen_once_and_trial_by_trial(small_study, monkeypatch, tmp_path):
     encoder, folder = small_study
     found = json.loads(study.selection_file(encoder, folder).read_text())
-    assert len(found["trials"]) == 3, "two learning rates at the middle temperature, and one more temperature"
     means = {(trial["learning_rate"], trial["temperature"]): trial["mean"] for trial in found["trials"]}
+    assert len(means) == len(found["trials"]) >= 3, "two learning rates at the middle temperature, and one more temperature at least"
     assert means[found["chosen"]["learning_rate"], found["chosen"]["temperature"]] == max(means.values())
     assert all(trial["mean"] == pytest.approx(np.mean([trial[task] for task in ("mono", "cross", "multi")]), abs=1e-4) for trial in found["trials"])
     monkeypatch.setattr(study, "try_settings", lambda *arguments: pytest.fail("tried again"))
-    assert choose_settings(PLANS[encoder], folder) == found["chosen"]
+    assert choose_settings(PLANS[encoder], folder) == found["chosen"] and not study.at_edge(found["chosen"], found["trials"])
     calls = []
 
     def stop_at_second(plan, rate, temperature, progress):
         calls.append((rate, temperature))
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return {"learning_rate": rate, "temperature": temperature, "mean": rate}
+        return {"learning_rate": rate, "temperature": temperature, "steps": plan.selection_steps, "mean": -abs(rate - 3e-3) - abs(temperature - 0.1)}
 
     monkeypatch.setattr(study, "try_settings", stop_at_second)
     with pytest.raises(KeyboardInterrupt):
         choose_settings(PLANS[encoder], tmp_path)
-    assert choose_settings(PLANS[encoder], tmp_path)["learning_rate"] == 3e-3
-    assert calls == [(1e-3, 0.1), (3e-3, 0.1), (3e-3, 0.1), (3e-3, 0.05)], "the first trial was not repeated"
+    assert choose_settings(PLANS[encoder], tmp_path) == {"learning_rate": 3e-3, "temperature": 0.1}
+    assert calls == [(1e-3, 0.1), (3e-3, 0.1), (3e-3, 0.1), (1e-2, 0.1), (3e-3, 0.05), (3e-3, 0.2)], "the first trial was not repeated, and both searches went on outwards"
+
+
+@pytest.fixture
+def trials(monkeypatch):
+    "Trials that nothing is trained for: a function that sets where the best values lie and returns the list of what was tried."
+
+    def best_at(learning_rate, temperature=0.05):
+        def measured(plan, rate, other, progress):
+            tried.append((rate, other))
+            mean = -abs(np.log(rate / learning_rate)) - abs(np.log(other / temperature))
+            return {"learning_rate": rate, "temperature": other, "steps": plan.selection_steps, "mean": mean}
+
+        tried = []
+        monkeypatch.setattr(study, "try_settings", measured)
+        return tried
+
+    return best_at
+
+
+@pytest.mark.parametrize("best", [1e-5, 1e-4, 3e-4, 3e-3, 1e-1])
+def test_the_search_goes_outwards_until_the_best_lies_inside(best, trials, tmp_path):
+    plan, tried = PLANS["me5-small-q4"], trials(best)
+    assert choose_settings(plan, tmp_path) == {"learning_rate": best, "temperature": 0.05}
+    rates = {rate for rate, _ in tried}
+    assert min(rates) < best < max(rates) and len(tried) == len(set(tried))
+    saved = study.selection_file(plan.encoder, tmp_path).read_text()
+    assert choose_settings(plan, tmp_path)["learning_rate"] == best and study.selection_file(plan.encoder, tmp_path).read_text() == saved, "a choice inside is left alone"
+
+
+def test_a_choice_at_the_edge_is_made_again(trials, tmp_path):
+    plan, path, tried = PLANS["me5-small-q4"], study.selection_file("me5-small-q4", tmp_path), trials(1e-3, 0.01)
+    path.parent.mkdir()
+    old = {"learning_rate": 3e-4, "temperature": 0.05}
+    path.write_text(json.dumps({"trials": [old | {"mean": 9.0}, old | {"temperature": 0.1, "mean": 8.0}], "chosen": old}))
+    assert choose_settings(plan, tmp_path) == {"learning_rate": 1e-3, "temperature": 0.01}
+    assert (3e-4, 0.05) in tried and (3e-3, 0.05) in tried and (1e-3, 0.005) in tried, "a trial of another plan does not count"
+    assert {trial.get("steps") for trial in json.loads(path.read_text())["trials"]} == {None, plan.selection_steps}
 
 
 def test_the_matrix():
     for plan in (PLANS["use-multilingual-v3"], PLANS["me5-small-q4"]):
         runs = study_runs(plan, {"learning_rate": 1e-4, "temperature": 0.05})
         assert {(config.batch_size, config.train, config.heldout, config.languages) for config in runs} == {(100, "parallel_docs", 0.1, plan.languages)}
-        assert not {"el", "vi"} & set(plan.languages)
+        assert not {"el", "vi"} & set(plan.languages) and len(plan.seeds) == 3
         usual = {(config.sampler, config.seed) for config in runs if config.unique_ids and config.alpha == 0.5}
         assert usual == {(sampler, seed) for sampler in plan.samplers for seed in plan.seeds}
         assert {(config.sampler, config.seed) for config in runs if not config.unique_ids} == {("hybrid", seed) for seed in plan.seeds}
     runs = study_runs(PLANS["use-multilingual-v3"], {})
-    assert {config.alpha for config in runs if config.sampler == "hybrid"} == {0.25, 0.5, 0.75} and len(PLANS["use-multilingual-v3"].seeds) == 3
+    assert {config.alpha for config in runs if config.sampler == "hybrid"} == {0.25, 0.5, 0.75}
     wide = {config.sampler: set(config.benchmarks) for config in runs if "xm3600" in config.benchmarks}
     assert set(wide) == {"mono", "cross", "hybrid"} and wide["hybrid"] > wide["mono"] >= {"miracl:yo", "miracl_pool:known"}
 
