@@ -80,7 +80,7 @@ PLANS = {
     ),
     "me5-small-q4": Plan(
         "me5-small-q4", TRAINING_LANGUAGES, ("mono", "cross", "hybrid"), (0, 1, 2),
-        learning_rates=(1e-4, 3e-4, 1e-3), temperatures=(0.01, 0.03, 0.05, 0.1), steps=150, selection_steps=50, selection_ids=500,
+        learning_rates=(1e-4, 3e-4, 1e-3), temperatures=(0.02, 0.05, 0.1), steps=100, selection_steps=30, selection_ids=200,
         core=("xquad_r", "mlqa_r"), large=("xm3600", "miracl:yo"), hybrid_only=("xquad_r:context",),
     ),
 }  # fmt: skip

@@ -1,6 +1,7 @@
 """Pairs per second in training and texts per second in encoding, beside sentence-transformers doing the same work.
 
-The same weights, texts, prefixes, batches and lengths, in one run, alternating, so that a busy machine is busy for both.
+The same weights, texts, prefixes, batches, lengths and dropout, in one run, alternating, so that a busy machine is busy for both. Of each side the fastest round counts.
+Before that, the gradients of both sides for one batch are compared: in fp32, and in bf16, where each side has its own rounding and the fp32 gradient is the truth.
 Needs the data folder (HYBRID_IR_DATA). Writes speed/results/training_and_encoding.json and prints a table.
 
     python speed/training_and_encoding.py [--steps 4] [--texts 40]
@@ -21,19 +22,24 @@ from sentence_transformers.sentence_transformer.losses import CachedMultipleNega
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 
 from hybrid_ir.benchmarks import load_benchmark
-from hybrid_ir.encoders import has_fast_bf16, load_encoder
+from hybrid_ir.encoders import autocast, has_fast_bf16, load_encoder
 from hybrid_ir.pairs import load_pairs
 from hybrid_ir.samplers import BatchSampler
-from hybrid_ir.training import Trainer, training_options
+from hybrid_ir.training import Trainer, batch_loss, set_dropout, training_options
 
 LANGUAGES = ["ar", "de", "en", "es", "hi", "ru", "th", "tr", "zh"]
-BATCH, LENGTH, TEMPERATURE, RATE = 32, 64, 0.02, 3e-5
+BATCH, LENGTH, TEMPERATURE, RATE = 100, 64, 0.02, 3e-5
 
 
 def peer_model(folder: str, dtype: torch.dtype = torch.float32, length: int = LENGTH) -> SentenceTransformer:
     "sentence-transformers with the same weights, pooling and length."
     transformer = Transformer(folder, max_seq_length=length, model_kwargs={"dtype": dtype, "add_pooling_layer": False})
     return SentenceTransformer(modules=[transformer, Pooling(transformer.get_embedding_dimension()), Normalize()], device="cpu")
+
+
+def our_encoder(folder: str, precision: str = "auto"):
+    "The same weights here."
+    return load_encoder(folder, device="cpu", precision=precision, query_length=LENGTH, passage_length=LENGTH)
 
 
 class FixedBatches:
@@ -52,29 +58,75 @@ class FixedBatches:
         pass
 
 
+def with_prefixes(pairs, batches: list[np.ndarray]) -> dict[str, list[str]]:
+    "The texts of some batches as sentence-transformers gets them."
+    rows = np.concatenate(batches)
+    return {"anchor": ["query: " + pairs.table[int(row)]["query"] for row in rows[:, 0]], "positive": ["passage: " + pairs.table[int(row)]["passage"] for row in rows[:, 1]]}
+
+
 def peer_training(folder: str, pairs, batches: list[np.ndarray], bf16: bool = False, cached: int | None = None, length: int = LENGTH, clock=time.perf_counter) -> float:
     "Seconds that sentence-transformers' trainer takes for the batches; `cached`: with cached gradients, so many texts at a time."
-    rows, size = np.concatenate(batches), len(batches[0])
-    data = Dataset.from_dict({"anchor": ["query: " + pairs.table[int(q)]["query"] for q in rows[:, 0]], "positive": ["passage: " + pairs.table[int(p)]["passage"] for p in rows[:, 1]]})
-    model = peer_model(folder, length=length)
+    size, model = len(batches[0]), peer_model(folder, length=length)
     with tempfile.TemporaryDirectory() as output:
         arguments = SentenceTransformerTrainingArguments(
             output_dir=output, per_device_train_batch_size=size, num_train_epochs=1, learning_rate=RATE, bf16=bf16, use_cpu=True, save_strategy="no", report_to=[], disable_tqdm=True,
             batch_sampler=lambda dataset, batch_size, **options: FixedBatches(size, len(batches)), logging_strategy="no",
         )  # fmt: skip
         loss = CachedMultipleNegativesRankingLoss(model, scale=1 / TEMPERATURE, mini_batch_size=cached) if cached else MultipleNegativesRankingLoss(model, scale=1 / TEMPERATURE)
-        trainer = SentenceTransformerTrainer(model, arguments, train_dataset=data, loss=loss)
+        trainer = SentenceTransformerTrainer(model, arguments, train_dataset=Dataset.from_dict(with_prefixes(pairs, batches)), loss=loss)
         started = clock()
         trainer.train()
         return clock() - started
 
 
+def hybrid_options(steps: int, **others):
+    "The options of our training."
+    return training_options(sampler="hybrid", batch_size=BATCH, steps=steps, temperature=TEMPERATURE, learning_rate=RATE, heldout=0, **others)
+
+
 def our_training(encoder, pairs, steps: int) -> tuple[float, list[np.ndarray]]:
     "Seconds that our trainer takes, from making it (tokenising, vocabulary) to its end, and the batches it drew."
-    options = training_options(sampler="hybrid", batch_size=BATCH, steps=steps, temperature=TEMPERATURE, learning_rate=RATE, heldout=0)
     started = time.perf_counter()
-    Trainer(encoder, pairs, options, None, False).fit()
+    Trainer(encoder, pairs, hybrid_options(steps), None, False).fit()
     return time.perf_counter() - started, list(islice(BatchSampler(pairs, "hybrid", batch_size=BATCH), steps))
+
+
+def our_gradient(folder: str, pairs, precision: str) -> dict[str, torch.Tensor]:
+    "The gradient of each weight for the first batch; word embeddings as a full table."
+    encoder = our_encoder(folder, precision)
+    trainer = Trainer(encoder, pairs, hybrid_options(1, dropout=0.0), None, False)
+    with autocast(encoder.device, precision):
+        batch_loss(trainer.towers, trainer.feed.next(more=False), trainer.options).backward()
+    found = {name: parameter.grad for name, parameter in encoder.backbone.named_parameters() if parameter.grad is not None}
+    words, compact = torch.zeros_like(trainer.vocabulary.full.weight), trainer.vocabulary.compact.weight.grad
+    words[trainer.vocabulary.tokens] = compact
+    trainer.feed.close()
+    return found | {"embeddings.word_embeddings.weight": words}
+
+
+def peer_gradient(folder: str, texts: dict[str, list[str]], precision: str) -> dict[str, torch.Tensor]:
+    "The same from the loss of sentence-transformers."
+    model = peer_model(folder)
+    set_dropout(model, 0.0)
+    with autocast(torch.device("cpu"), precision):
+        MultipleNegativesRankingLoss(model, scale=1 / TEMPERATURE)([model.preprocess(part) for part in texts.values()], None).backward()
+    return {name: parameter.grad for name, parameter in model[0].model.named_parameters() if parameter.grad is not None}
+
+
+def compare_gradients(folder: str, pairs) -> dict:
+    "Relative differences of the gradients of all weights."
+    texts = with_prefixes(pairs, list(islice(BatchSampler(pairs, "hybrid", batch_size=BATCH), 1)))
+    truth = peer_gradient(folder, texts, "fp32")
+    size = sum(part.square().sum() for part in truth.values()).sqrt()
+
+    def difference(found: dict[str, torch.Tensor]) -> float:
+        assert found.keys() == truth.keys()
+        return float(f"{float(sum((found[name] - part).square().sum() for name, part in truth.items()).sqrt() / size):.2g}")
+
+    result = {"ours in fp32": difference(our_gradient(folder, pairs, "fp32"))}
+    if has_fast_bf16(torch.device("cpu")):
+        result |= {"ours in bf16": difference(our_gradient(folder, pairs, "bf16")), "theirs in bf16": difference(peer_gradient(folder, texts, "bf16"))}
+    return result
 
 
 def complete_pairs(count: int = 2 * BATCH):
@@ -83,50 +135,56 @@ def complete_pairs(count: int = 2 * BATCH):
     return pairs.select(ids=np.flatnonzero((pairs.rows >= 0).all(axis=1))[:count])
 
 
-def sample_texts(count: int) -> tuple[list[str], list[str]]:
-    "Passages and queries of XQuAD-R, `count` in each language."
-    benchmark, rng = load_benchmark("xquad_r"), np.random.default_rng(0)
+def sample_texts(count: int, name: str = "xquad_r") -> tuple[list[str], list[str]]:
+    "Passages and queries of a benchmark, `count` in each language."
+    benchmark, rng = load_benchmark(name), np.random.default_rng(0)
     chosen = ((benchmark.passages, benchmark.passage_slices), (benchmark.queries, benchmark.query_slices))
-    return tuple([table["text"].iloc[row] for part in slices.values() for row in rng.choice(np.arange(part.start, part.stop), count, replace=False)] for table, slices in chosen)
+    return tuple([table["text"].iloc[row] for part in slices.values() for row in rng.choice(np.arange(part.start, part.stop), min(count, part.stop - part.start), replace=False)] for table, slices in chosen)
+
+
+def peer_encoding(model: SentenceTransformer, passages: list[str], queries: list[str]) -> np.ndarray:
+    "What sentence-transformers makes of the texts."
+    return np.concatenate([model.encode(["query: " + text for text in queries]), model.encode(["passage: " + text for text in passages])])
 
 
 def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--texts", type=int, default=40, help="passages and queries per language")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--texts", type=int, default=60, help="passages and queries per language")
+    parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
-    pairs, (passages, queries) = complete_pairs(), sample_texts(arguments.texts)
-    seconds: dict[str, list[float]] = {}
+    pairs, texts = complete_pairs(), {title: sample_texts(arguments.texts, name) for title, name in (("XQuAD-R", "xquad_r"), ("XM3600", "xm3600"))}
+    bf16, seconds, agreement = has_fast_bf16(torch.device("cpu")), {}, {}
+
+    def timed(work: str, who: str, call):
+        started = time.perf_counter()
+        result = call()
+        seconds.setdefault((work, who), []).append(time.perf_counter() - started)
+        return result
+
     with tempfile.TemporaryDirectory() as folder:
         load_encoder("me5-small-q4", device="cpu").save(folder)
+        gradients = compare_gradients(folder, pairs)
         for _ in range(arguments.rounds):
-            encoder = load_encoder(folder, device="cpu", precision="auto", query_length=LENGTH, passage_length=LENGTH)
-            peer = peer_model(folder)
-            started = time.perf_counter()
-            ours = np.concatenate([encoder.encode(queries, "query", progress=False), encoder.encode(passages, "passage", progress=False)])
-            seconds.setdefault("encode, ours", []).append(time.perf_counter() - started)
-            started = time.perf_counter()
-            theirs = np.concatenate([peer.encode(["query: " + text for text in queries]), peer.encode(["passage: " + text for text in passages])])
-            seconds.setdefault("encode, sentence-transformers fp32", []).append(time.perf_counter() - started)
-            agreement = float((ours * theirs).sum(1).min())
+            encoder, peer, half = our_encoder(folder), peer_model(folder), peer_model(folder, torch.bfloat16) if bf16 else None
+            for title, (passages, queries) in texts.items():
+                work = f"encoding {title}"
+                ours = timed(work, "ours", lambda: np.concatenate([encoder.encode(queries, "query", progress=False), encoder.encode(passages, "passage", progress=False)]))
+                theirs = timed(work, "sentence-transformers, as it comes (fp32)", lambda: peer_encoding(peer, passages, queries))
+                agreement[title] = round(float((ours * theirs).sum(1).min()), 6)
+                if bf16:
+                    timed(work, "sentence-transformers, bf16", lambda: peer_encoding(half, passages, queries))
             taken, batches = our_training(encoder, pairs, arguments.steps)
-            seconds.setdefault("train, ours", []).append(taken)
-            seconds.setdefault("train, sentence-transformers fp32", []).append(peer_training(folder, pairs, batches))
-            if has_fast_bf16(torch.device("cpu")):
-                half = peer_model(folder, torch.bfloat16)
-                started = time.perf_counter()
-                half.encode(["query: " + text for text in queries]), half.encode(["passage: " + text for text in passages])
-                seconds.setdefault("encode, sentence-transformers bf16", []).append(time.perf_counter() - started)
-                seconds.setdefault("train, sentence-transformers bf16", []).append(peer_training(folder, pairs, batches, bf16=True))
-    units = {"encode": len(passages) + len(queries), "train": BATCH * arguments.steps}
-    rates = {name: units[name.split(",")[0]] / min(times) for name, times in seconds.items()}
-    comparisons = []
-    for name, rate in rates.items():
-        work, who = name.split(", ")
-        if who != "ours":
-            comparisons.append(compared(work, {"encode": "texts per second", "train": "pairs per second"}[work], rates[f"{work}, ours"], who, rate))
-    results = {"comparisons": comparisons, "smallest cosine between our vectors and theirs": round(agreement, 6), "bf16 in hardware": has_fast_bf16(torch.device("cpu"))}
+            seconds.setdefault(("training", "ours"), []).append(taken)
+            for who, half_precision in (("sentence-transformers, as it comes (fp32)", False), ("sentence-transformers, bf16", True))[: 1 + bf16]:
+                seconds.setdefault(("training", who), []).append(peer_training(folder, pairs, batches, bf16=half_precision))
+    units = {f"encoding {title}": (len(passages) + len(queries), "texts per second") for title, (passages, queries) in texts.items()} | {"training": (BATCH * arguments.steps, "pairs per second")}
+    rates = {(work, who): units[work][0] / min(times) for (work, who), times in seconds.items()}
+    comparisons = [compared(work, units[work][1], rates[work, "ours"], who, rate) for (work, who), rate in rates.items() if who != "ours"]
+    results = {
+        "comparisons": sorted(comparisons, key=lambda row: row["work"], reverse=True), "pairs in a batch": BATCH, "tokens of a text, at most": LENGTH, "smallest cosine between our vectors and theirs": agreement,
+        "difference of gradients from theirs in fp32, relative": gradients, "bf16 in hardware": bf16,
+    }  # fmt: skip
     write_result(__file__, results | entries(__file__, ["torch", "transformers", "sentence-transformers"], arguments))
 
 

@@ -1,36 +1,38 @@
-"""Where the time of a training step goes, how much of the machine's matrix products it reaches, and what was tried to make encoding faster.
+"""Where the time of a training step goes, how much of the machine's matrix products it reaches, and what was tried to make training and encoding faster.
 
     python speed/where_time_goes.py [--steps 4] [--texts 25] [--rounds 2]
 
 The encoder is me5-small-q4, the pairs are those of `training_and_encoding.py`. Floating-point operations are counted by PyTorch; the peak is what one large
-product of matrices reaches in the same run. Every variant encodes the same texts, one after the other in each round, and the fastest round of each counts, the first one
-left out. All on one thread and in seconds of the processor, so that other work on the machine counts little. What to expect of a variant is computed before it runs: from the padding that it saves, or from the share of the time that it can change. torch.compile needs a C++ compiler.
+product of matrices reaches in the same run and precision. Every variant does the same work, one after the other in each round, and the fastest round of each counts, the first one
+left out. All on one thread and in seconds of the processor, so that other work on the machine counts little. What to expect of a variant is computed before it runs: from the padding that it adds, or from the share of the time that it can change. torch.compile needs a C++ compiler.
 Needs the data folder (HYBRID_IR_DATA). Writes speed/results/where_time_goes.json.
 """
 
 import argparse
+import ctypes
 import os
 import time
-from itertools import groupby
+from unittest import mock
 
 import numpy as np
 import torch
 from _entries import entries, write_result
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
-from training_and_encoding import BATCH, LENGTH, complete_pairs, sample_texts
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from training_and_encoding import BATCH, LENGTH, complete_pairs, hybrid_options, sample_texts
 
 from hybrid_ir import training
 from hybrid_ir.benchmarks import load_benchmark
-from hybrid_ir.encoders import has_fast_bf16, length_chunks, load_encoder
+from hybrid_ir.encoders import autocast, has_fast_bf16, length_chunks, load_encoder
+
+CPU = torch.device("cpu")
 
 
-def matrix_peak(rounds: int, size: int = 2048) -> float:
-    "Operations a second of a product of two square matrices in fp32."
-    first, second = torch.rand(2, size, size)
+def matrix_peak(rounds: int, dtype: torch.dtype, size: int = 2048) -> float:
+    "Operations a second of a product of two square matrices."
+    first, second = torch.rand(2, size, size).to(dtype)
     times = []
-    for _ in range(rounds + 1):
+    for _ in range(5 * rounds):
         started = time.process_time()
         first @ second
         times.append(time.process_time() - started)
@@ -57,12 +59,20 @@ class Clock:
         setattr(owner, name, timed)
 
 
+def make_trainer(pairs, encoder=None) -> training.Trainer:
+    "A trainer with the dropout of the encoder, as it comes."
+    return training.Trainer(encoder or short_encoder(), pairs, hybrid_options(1000), None, False)
+
+
+def short_encoder():
+    "The encoder, with short texts."
+    return load_encoder("me5-small-q4", device="cpu", query_length=LENGTH, passage_length=LENGTH)
+
+
 def training_parts(pairs, steps: int) -> tuple[dict, float]:
     "Milliseconds of a step by part, and the operations of a step."
-    encoder = load_encoder("me5-small-q4", device="cpu", precision="auto", query_length=LENGTH, passage_length=LENGTH)
-    options = training.training_options(sampler="hybrid", batch_size=BATCH, steps=2 * steps + 2, heldout=0)
-    started = time.process_time()
-    trainer = training.Trainer(encoder, pairs, options, None, False)
+    encoder, started = short_encoder(), time.process_time()
+    trainer = make_trainer(pairs, encoder)
     tokenising = (time.process_time() - started) / len(pairs) * BATCH  # if every pair is used once
     with FlopCounterMode(display=False) as counter:
         trainer.step()
@@ -88,112 +98,189 @@ def training_parts(pairs, steps: int) -> tuple[dict, float]:
     return milliseconds, counter.get_total_flops() / (whole / steps)
 
 
-def chunks_in_order(tokens: list[np.ndarray], size: int = 32) -> list[np.ndarray]:
-    "Texts in the order in which they come, 32 at a time."
-    return [np.arange(start, min(start + size, len(tokens))) for start in range(0, len(tokens), size)]
-
-
 def padded_tokens(tokens: list[np.ndarray], chunks: list[np.ndarray]) -> int:
     "Tokens that are computed, padding included."
     return sum(len(chunk) * max(len(tokens[row]) for row in chunk) for chunk in chunks)
 
 
+def shares(call) -> dict[str, float]:
+    "The share of the processor's time that each operation of PyTorch takes in a call."
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        call()
+    times = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
+    return {key: spent / sum(times.values()) for key, spent in times.items()}
+
+
+def share_of(found: dict[str, float], *names: str) -> float:
+    "The share of all operations with one of these words in their name."
+    return sum(share for key, share in found.items() if any(name in key for name in names))
+
+
+def measured(variants: list[dict], rounds: int) -> list[dict]:
+    "What was predicted for each variant, and how many times as fast as the first one it is; `run` returns what is compared with the first."
+    times, results = [[] for _ in variants], [None] * len(variants)
+    for _ in range(rounds + 1):  # the first round compiles, and does not count
+        for number, variant in enumerate(variants):
+            started = time.process_time()
+            results[number] = variant["run"]()
+            times[number].append(time.process_time() - started)
+    best = [min(seconds[1:]) for seconds in times]
+    return [
+        {"variant": variant["variant"], "predicted": round(float(variant["predicted"]), 2), "measured": round(best[0] / best[number], 2), "kept": variant["kept"], "predicted from": variant["from"],
+         "seconds": round(best[number], 3), "first round, s": round(times[number][0], 1), "result": results[number]}
+        for number, variant in enumerate(variants)
+    ]  # fmt: skip
+
+
+def variant(name: str, predicted: float, source: str, run, kept: str) -> dict:
+    "A row of a table of what was tried."
+    return dict(zip(("variant", "predicted", "from", "run", "kept"), (name, predicted, source, run, kept)))
+
+
+def trainers(pairs) -> dict[str, training.Trainer]:
+    "A trainer for each variant; all draw the same batches."
+    found = {"usual": make_trainer(pairs)}
+    found |= {name: make_trainer(pairs) for name in ("attention", "padding", "half")}
+    found["attention"].encoder.backbone.set_attn_implementation("sdpa")
+    found["padding"].encoder.padding_budget = None
+    found["half"].encoder.backbone.embeddings.register_forward_hook(lambda module, arguments, output: output.bfloat16())
+    with mock.patch.object(training, "quicken_training", lambda backbone: None):
+        found["plain"] = make_trainer(pairs)
+    with mock.patch.object(training, "TABLE_ROWS", 0):  # no table of tokens, so no small table of word embeddings
+        found["stream"] = make_trainer(pairs)
+    with mock.patch("torch.optim.AdamW", lambda *given, fused, **options: torch.optim.adamw.AdamW(*given, **options)):
+        found["loops"] = make_trainer(pairs)
+    return found
+
+
+def tried_in_training(pairs, rounds: int) -> list[dict]:
+    "What was tried for a training step."
+    found = trainers(pairs)
+    whole = shares(found["usual"].step)
+    plain = shares(found["plain"].step)
+    tokens = found["usual"].feed.prepare().texts
+    chunks = {budget: length_chunks(np.array([len(text) for text in tokens]), 4 * found["usual"].encoder.token_budget, budget) for budget in (None, found["usual"].encoder.padding_budget)}
+    computed = {budget: padded_tokens(tokens, parts) for budget, parts in chunks.items()}
+    dense, sparse = (found[name].encoder.backbone.get_input_embeddings().num_embeddings for name in ("stream", "usual"))
+    rest = sum(parameter.numel() for parameter in found["usual"].encoder.parameters())
+    adam = share_of(whole, "adamw", "embedding_dense_backward", "linalg_vector_norm")
+    casts = share_of(whole, "copy_")
+    random = share_of(plain, "bernoulli", "div_")
+    rows = [
+        variant("as it is", 1.0, "", found["usual"].step, "yes"),
+        variant("PyTorch's own attention and dropout", 1 - random, f"random numbers take {random:.0%} of its time", found["plain"].step, "no"),
+        variant("PyTorch's own attention without dropout in it, our dropout elsewhere", 1.0, "the same operations", no_attention_dropout(found["attention"]), "no"),
+        variant("questions padded to passages", computed[found["usual"].encoder.padding_budget] / computed[None], "tokens with padding", found["padding"].step, "no"),
+        variant("the full table of word embeddings, dense gradients", 1 / (1 - adam + adam * (1 + (dense - sparse) * 384 / rest)), f"what grows with the weights takes {adam:.0%}", found["stream"].step, "no: above a million rows only"),
+        variant("AdamW in loops of operations", 1.0, "less than a hundredth", found["loops"].step, "no"),
+    ]  # fmt: skip
+    if has_fast_bf16(CPU):
+        rows.append(variant("bf16 between the layers, too", 1 / (1 - casts), f"at most: conversions take {casts:.0%}", found["half"].step, "no: gradients less exact"))
+    if hasattr(ctypes.CDLL(None), "mallopt"):
+        rows.append(variant("freed memory is kept (the environment variables MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_)", 1.0, "", keeping_memory(found["usual"].step), "the user's choice"))
+    results = measured(rows, rounds)
+    for trainer in found.values():
+        trainer.feed.close()
+    return [{name: value for name, value in row.items() if name != "result"} for row in results]
+
+
+def no_attention_dropout(trainer: training.Trainer):
+    "A step in which PyTorch can use its fused attention, which has no dropout on a CPU."
+    for layer in trainer.encoder.backbone.encoder.layer:
+        layer.attention.self.dropout.p = 0.0
+    return trainer.step
+
+
+def keeping_memory(step):
+    "A step with an allocator that gives no memory back (glibc's mallopt), and then the usual one again."
+    libc, (trim, mmap) = ctypes.CDLL(None), (-1, -3)
+
+    def run():
+        libc.mallopt(trim, 2**31 - 1), libc.mallopt(mmap, 2**30)
+        try:
+            return step()
+        finally:
+            libc.mallopt(trim, 2**17), libc.mallopt(mmap, 2**17)
+            libc.malloc_trim(0)
+
+    step()
+    return run
+
+
 def padding_of_a_collection() -> dict:
-    "What padding is left when all passages of XQuAD-R are encoded in one call, with the usual lengths."
+    "What padding would be left when all passages of XQuAD-R are encoded in one call, with the usual lengths."
     encoder, passages = load_encoder("me5-small-q4", device="cpu"), load_benchmark("xquad_r").passages["text"]
     tokens = encoder.tokenize(passages, "passage")
     lengths = np.array([len(text) for text in tokens])
     return {"passages": len(passages), "share": round(float(1 - lengths.sum() / padded_tokens(tokens, length_chunks(lengths, encoder.token_budget))), 4)}
 
 
-def encode_packed(encoder, tokens: list[np.ndarray]):
-    "No padding at all: the texts of a portion in one row, and attention within each text, texts of one length together."
-    runs, vectors = [], np.empty((len(tokens), encoder.dim), dtype=np.float32)
-
-    def attention(module, query, key, value, mask, scaling=None, **options):  # query, key, value: [1, heads, tokens, width]
-        parts, start = [], 0
-        for count, length in runs:
-            block = [part[0, :, start : start + count * length].unflatten(1, (count, length)).transpose(0, 1) for part in (query, key, value)]
-            parts.append(torch.nn.functional.scaled_dot_product_attention(*block, scale=scaling).transpose(1, 2).flatten(0, 1))
-            start += count * length
-        return torch.cat(parts)[None], None
-
-    ALL_ATTENTION_FUNCTIONS.register("packed", attention)
-    encoder.backbone.config._attn_implementation = "packed"
-    for chunk in length_chunks(np.array([len(text) for text in tokens]), encoder.token_budget):
-        texts = [tokens[row] for row in chunk]
-        runs[:] = [(len(list(group)), length) for length, group in groupby(map(len, texts))]
-        row = torch.from_numpy(np.concatenate(texts)).long()[None]
-        places = torch.from_numpy(np.concatenate([np.arange(len(text)) for text in texts]))[None]
-        hidden = encoder.backbone(input_ids=row, position_ids=places).last_hidden_state[0]
-        means = torch.stack([part.mean(0) for part in hidden.split([len(text) for text in texts])])
-        vectors[chunk] = torch.nn.functional.normalize(means, dim=-1).numpy()
-    encoder.backbone.config._attn_implementation = "sdpa"
-    return vectors
-
-
-def product_shares(encoder, tokens: list[np.ndarray]) -> tuple[float, float]:
-    "Shares of the time of encoding: products with weights, and all products of matrices, attention included."
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        encoder.embed_tokens(tokens)
-    times = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
-    weights = sum(time for key, time in times.items() if key in ("aten::addmm", "aten::mm"))
-    attention = sum(time for key, time in times.items() if "attention" in key or key == "aten::bmm")
-    return weights / sum(times.values()), (weights + attention) / sum(times.values())
-
-
-def int8_gain(rounds: int) -> float:
+def int8_gain(rounds: int, precision: str) -> float:
     "How many times as fast one layer of weights is in int8."
     layer, vectors, seconds = torch.nn.Sequential(torch.nn.Linear(384, 1536)), torch.rand(2048, 384), []
-    for module in (layer, torch.ao.quantization.quantize_dynamic(layer, {torch.nn.Linear}, dtype=torch.qint8)):
+    for module, how in ((layer, precision), (torch.ao.quantization.quantize_dynamic(layer, {torch.nn.Linear}, dtype=torch.qint8), "fp32")):
         times = []
-        for _ in range(5 * rounds):
-            started = time.process_time()
-            module(vectors)
-            times.append(time.process_time() - started)
+        with autocast(CPU, how):
+            for _ in range(5 * rounds):
+                started = time.process_time()
+                module(vectors)
+                times.append(time.process_time() - started)
         seconds.append(min(times))
     return seconds[0] / seconds[1]
 
 
-def variants(texts: list[str], rounds: int) -> list[dict]:
-    "What was tried for encoding: its name, what to expect of it and from what, how to run it, and what became of it."
-    encoder, quantised, compiled = (load_encoder("me5-small-q4", device="cpu", precision="fp32", passage_length=LENGTH) for _ in range(3))
+def encoding_variants(texts: list[str], rounds: int, peaks: dict[str, float]) -> list[dict]:
+    "What was tried for encoding."
+    usual, fp32, quantised, compiled, whole = (load_encoder("me5-small-q4", device="cpu", precision=precision, passage_length=LENGTH) for precision in ("auto", "fp32", "fp32", "auto", "fp32"))
+    precision = "bf16" if has_fast_bf16(CPU) else "fp32"
     quantised.backbone = torch.ao.quantization.quantize_dynamic(quantised.backbone, {torch.nn.Linear}, dtype=torch.qint8)
     compiled.backbone.compile(dynamic=True)
-    tokens = encoder.tokenize(texts, "passage", LENGTH)
-    lengths, (weights, products), gain = np.array([len(text) for text in tokens]), product_shares(encoder, tokens), int8_gain(rounds)
-    computed = {budget: padded_tokens(tokens, length_chunks(lengths, budget)) for budget in (encoder.token_budget, 16_384, 256)}
-    usual, unsorted = computed[encoder.token_budget], chunks_in_order(tokens)
-    found = [
-        ("as it is: sorted by length, 2,048 tokens at a time", 1.0, "", lambda: encoder.embed_tokens(tokens), "yes"),
-        ("in the order of the texts, 32 at a time", usual / padded_tokens(tokens, unsorted), "padding", lambda: torch.cat([encoder(*encoder.pad([tokens[row] for row in chunk])) for chunk in unsorted]), "no"),
-        ("16,384 tokens at a time", usual / computed[16_384], "padding", lambda: encoder.embed_tokens(tokens, 16_384), "no"),
-        ("256 tokens at a time", usual / computed[256], "padding", lambda: encoder.embed_tokens(tokens, 256), "no"),
-        ("packed: no padding, attention within each text", usual / lengths.sum(), f"padding: {1 - lengths.sum() / usual:.1%} of the tokens", lambda: torch.from_numpy(encode_packed(encoder, tokens)), "no: see below"),
-        ("torch.compile, shapes free", 1 / products, f"at most: {products:.0%} of the time are products", lambda: compiled.embed_tokens(tokens), "no: see below"),
-        ("int8 weights, quantised as they run", 1 / (1 - weights + weights / gain), f"one layer {gain:.1f} times as fast, {weights:.0%} of the time", lambda: quantised.embed_tokens(tokens), "no: other vectors"),
+    whole.backbone.bfloat16()
+    tokens = usual.tokenize(texts, "passage", LENGTH)
+    lengths = np.array([len(text) for text in tokens])
+    computed = {budget: padded_tokens(tokens, length_chunks(lengths, budget)) for budget in (2048, 16_384)}
+
+    def padded(encoder, budget: int = 2048):
+        "Texts in rectangles, through the network of transformers."
+        with torch.inference_mode(), autocast(CPU, choose(encoder)):
+            return torch.cat([encoder(*encoder.pad([tokens[row] for row in chunk])) for chunk in length_chunks(lengths, budget)]).float().numpy()[np.argsort(np.concatenate(length_chunks(lengths, budget)))]
+
+    def choose(encoder) -> str:
+        return precision if encoder.precision == "auto" else "fp32"
+
+    def with_budget(budget: int):
+        encoder = load_encoder("me5-small-q4", device="cpu", passage_length=LENGTH)
+        encoder.token_budget, encoder.padding_budget = budget, budget // 4
+        return lambda: encoder.encode(texts, "passage", progress=False)
+
+    found = shares(lambda: padded(usual))
+    products, elsewhere = share_of(found, "addmm", "aten::mm", "bmm", "attention"), share_of(found, "copy_", "gelu", "aten::add")
+    slow = share_of(shares(lambda: padded(fp32)), "addmm", "aten::mm")
+    weights, gain = share_of(found, "addmm", "aten::mm"), int8_gain(rounds, precision)
+    saved = lengths.sum() / computed[2048]
+    rows = [variant("as it is", 1.0, "", lambda: usual.encode(texts, "passage", progress=False), "yes")]
+    if precision == "bf16":
+        rows += [
+            variant("padded, with the layers of transformers (bf16 by autocast)", saved * (1 - 0.8 * elsewhere), f"padding, and {elsewhere:.0%} of its time are conversions, sums and GELU", lambda: padded(usual), "where packing is not possible"),
+            variant("the same with the whole network in bf16", saved * (1 - 0.5 * elsewhere), "half of these", lambda: padded(whole), "no"),
+            variant("fp32", 1 / (slow * peaks["bf16"] / peaks["fp32"] + 1 - slow), f"{slow:.0%} of its time are products of weights, {peaks['bf16'] / peaks['fp32']:.1f} times as slow", lambda: fp32.encode(texts, "passage", progress=False), "precision=\"fp32\""),
+        ]  # fmt: skip
+    rows += [
+        variant("16,384 tokens at a time", 1.0, "", with_budget(16_384), "no"),
+        variant("512 tokens at a time", 1.0, "", with_budget(512), "no"),
+        variant("torch.compile of the padded network, shapes free", saved / products * (1 - 0.8 * elsewhere), f"at most: {products:.0%} of its time are products", lambda: padded(compiled), "no: needs a C++ compiler"),
+        variant("int8 weights, quantised as they run, padded", saved / (1 - weights + weights / gain), f"one layer {gain:.1f} times as fast, {weights:.0%} of the time", lambda: padded(quantised), "no: other vectors"),
     ]  # fmt: skip
-    if has_fast_bf16(torch.device("cpu")):
-        half = load_encoder("me5-small-q4", device="cpu", precision="bf16", passage_length=LENGTH)
-        found.append(("bf16", 2.0, "twice the operations", lambda: half.embed_tokens(tokens), "yes, where the hardware has it"))
-    return [dict(zip(("variant", "predicted", "from", "run", "kept"), row)) for row in found]
+    return rows
 
 
-def tried(texts: list[str], rounds: int) -> list[dict]:
-    "Texts per second of each variant beside the first, predicted and measured, how long its first round took, and how near its vectors are to those of the first."
-    found = variants(texts, rounds)
-    times, vectors = [[] for _ in found], [None] * len(found)
-    with torch.inference_mode():
-        for _ in range(rounds + 1):  # the first round compiles, and does not count
-            for number, variant in enumerate(found):
-                started = time.process_time()
-                vectors[number] = variant["run"]().float().numpy()
-                times[number].append(time.process_time() - started)
-    best = [min(seconds[1:]) for seconds in times]
+def tried_in_encoding(texts: list[str], rounds: int, peaks: dict[str, float]) -> list[dict]:
+    "The variants of encoding, with texts per second and how near the vectors are to those of the first."
+    found = measured(encoding_variants(texts, rounds, peaks), rounds)
+    first = found[0]["result"]
     return [
-        {"variant": variant["variant"], "predicted": round(float(variant["predicted"]), 2), "measured": round(best[0] / best[number], 2), "kept": variant["kept"], "predicted from": variant["from"],
-         "texts per second": round(len(texts) / best[number], 1), "smallest cosine": round(float((vectors[0] * vectors[number]).sum(1).min()), 4), "first round, s": round(times[number][0], 1)}
-        for number, variant in enumerate(found)
+        {name: value for name, value in row.items() if name != "result"} | {"texts per second": round(len(texts) / row["seconds"], 1), "smallest cosine": round(float((first * row["result"]).sum(1).min()), 4)}
+        for row in found
     ]  # fmt: skip
 
 
@@ -205,11 +292,14 @@ def main():
     options = parser.parse_args()
     torch.set_num_threads(1)
     pairs, texts = complete_pairs(), sample_texts(options.texts)[0]
+    precisions = {"fp32": torch.float32} | ({"bf16": torch.bfloat16} if has_fast_bf16(CPU) else {})
+    peaks = {name: matrix_peak(options.rounds, dtype) for name, dtype in precisions.items()}
+    used = list(peaks)[-1]
     parts, rate = training_parts(pairs, options.steps)
-    peak = matrix_peak(options.rounds)
     results = {
-        "milliseconds of a step": parts, "batch": BATCH, "operations a second": {"training": round(rate / 1e9, 1), "one large product": round(peak / 1e9, 1)},
-        "share of the peak": round(rate / peak, 2), "encoding": tried(texts, options.rounds), "texts": len(texts), "padding of a collection": padding_of_a_collection(),
+        "milliseconds of a step": parts, "batch": BATCH, "precision": used, "operations a second": {"training": round(rate / 1e9, 1), **{f"one large product, {name}": round(peak / 1e9, 1) for name, peak in peaks.items()}},
+        "share of the peak": round(rate / peaks[used], 2), "training": tried_in_training(pairs, options.rounds), "encoding": tried_in_encoding(texts, options.rounds, peaks), "texts": len(texts),
+        "padding of a collection": padding_of_a_collection(),
     }  # fmt: skip
     write_result(__file__, results | entries(__file__, ["torch", "transformers"], options))
 
