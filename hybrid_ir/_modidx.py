@@ -332,6 +332,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'hybrid_ir.experiment.read_json': ('experiment.html#read_json', 'hybrid_ir/experiment.py'),
                                       'hybrid_ir.experiment.read_run': ('experiment.html#read_run', 'hybrid_ir/experiment.py'),
                                       'hybrid_ir.experiment.read_scores': ('experiment.html#read_scores', 'hybrid_ir/experiment.py'),
+                                      'hybrid_ir.experiment.record_training': ( 'experiment.html#record_training',
+                                                                                'hybrid_ir/experiment.py'),
                                       'hybrid_ir.experiment.reports_folder': ('experiment.html#reports_folder', 'hybrid_ir/experiment.py'),
                                       'hybrid_ir.experiment.rows_of': ('experiment.html#rows_of', 'hybrid_ir/experiment.py'),
                                       'hybrid_ir.experiment.run': ('experiment.html#run', 'hybrid_ir/experiment.py'),

@@ -7,8 +7,8 @@ __all__ = ['COMPUTING_MODULES', 'PACKAGES', 'SHARD_ROWS', 'BenchmarkChoice', 'pa
            'code_hash', 'processor_name', 'environment', 'read_json', 'slug', 'run_folder', 'checkpoint_folder',
            'reports_folder', 'open_run_folder', 'ShardedEncoder', 'untouched_folder', 'rows_of', 'select',
            'evaluate_missing', 'load_trained', 'Run', 'read_scores', 'warn_of_precisions', 'read_run',
-           'training_batches', 'environment_of', 'check_same_environment', 'check_same_log', 'trained_encoder',
-           'is_complete', 'compute', 'run', 'evaluated', 'read_config', 'complete_runs']
+           'training_batches', 'environment_of', 'check_same_environment', 'check_same_log', 'record_training',
+           'trained_encoder', 'is_complete', 'compute', 'run', 'evaluated', 'read_config', 'complete_runs']
 
 # %% ../nbs/10_experiment.ipynb #b7a00a13
 import ast
@@ -40,7 +40,7 @@ from .index import encode_corpus, encoder_identity
 from .pairs import ParallelPairs, load_pairs
 from .samplers import SAMPLERS, BatchSampler, composition
 from .sources import CHECKSUMS, cache_dir, choose, choose_all, file_sha256, find_damage, hold_folder, write_checksums, write_json, writing_to
-from .training import TrainingOptions, build_sampler, checkpoints, split_pairs, train, training_options
+from .training import TrainingOptions, TrainingResult, build_sampler, checkpoints, split_pairs, train, training_options
 
 # %% ../nbs/10_experiment.ipynb #fce0f481
 @dataclass(frozen=True)
@@ -358,6 +358,14 @@ def check_same_log(log: pd.DataFrame, path: Path):
     if not found.equals(recorded):
         raise ValueError(f"trained again, the encoder went another way than {path} says; remove {path.parent} and run again to compute the whole run anew")
 
+# %% ../nbs/10_experiment.ipynb #5e1a1010
+def record_training(result: TrainingResult, folder: Path, encoder: Path, data: dict, seconds: float):
+    "Write the log and `metrics.json` of a run, sealed together, with the checksum of the encoder saved in `encoder`."
+    result.log.to_json(folder / "train_log.jsonl", orient="records", lines=True)
+    finished = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    content = {"training": result.to_dict(), **data, "encoder": file_sha256(encoder / CHECKSUMS), "finished": finished, "wall_seconds": round(seconds, 1)}
+    write_json(folder / "metrics.json", seal(content, folder, ["environment.json", "train_log.jsonl"]))
+
 # %% ../nbs/10_experiment.ipynb #5e1a1009
 def trained_encoder(config: RunConfig, folder: Path, progress: bool) -> Encoder:
     "The encoder of a run: read from the cache, else trained; the first time, writes the log and `metrics.json` of the run."
@@ -371,20 +379,17 @@ def trained_encoder(config: RunConfig, folder: Path, progress: bool) -> Encoder:
         open_run_folder(config, folder, environment_of(config))
     encoder = config.load_encoder()
     result = train(encoder, pairs, folder=weights, progress=progress, **asdict(options))
-    if complete:
-        check_same_log(result.log, folder / "train_log.jsonl")
-    encoder.save(weights / "encoder")
-    write_checksums(weights / "encoder")
-    if not complete:
-        result.log.to_json(folder / "train_log.jsonl", orient="records", lines=True)
-        write_json(folder / "metrics.json", seal({
-            "training": result.to_dict(), "composition": drawn.to_dict(), "pairs": pairs.info | {"fingerprint": pairs.fingerprint},
-            "encoder": file_sha256(weights / "encoder" / CHECKSUMS),
-            "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"), "wall_seconds": round(time.time() - started, 1),
-        }, folder, ["environment.json", "train_log.jsonl"]))  # fmt: skip
-    for path in checkpoints(weights):  # the trained encoder stays, what was only for resuming goes
-        shutil.rmtree(path)
-    (weights / "best.safetensors").unlink(missing_ok=True)
+    if PartialState().is_main_process:
+        if complete:
+            check_same_log(result.log, folder / "train_log.jsonl")
+        encoder.save(weights / "encoder")
+        write_checksums(weights / "encoder")
+        if not complete:
+            record_training(result, folder, weights / "encoder", {"composition": drawn.to_dict(), "pairs": pairs.info | {"fingerprint": pairs.fingerprint}}, time.time() - started)
+        for path in checkpoints(weights):  # the trained encoder stays, what was only for resuming goes
+            shutil.rmtree(path)
+        (weights / "best.safetensors").unlink(missing_ok=True)
+    PartialState().wait_for_everyone()
     return load_trained(config, read_sealed(folder / "metrics.json")[0]) if complete else encoder
 
 # %% ../nbs/10_experiment.ipynb #f96bdc1c

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,7 @@ def data_env(data_folder, monkeypatch) -> Path:
 # --- what the tests of faults saw: a table for the site. HYBRID_IR_FAULTS names the file to write, else nothing is written
 FAULT_ROWS: dict[str, dict] = {}
 FAILED: set[str] = set()
+COLLECTED: set[str] = set()
 
 
 @pytest.fixture
@@ -54,10 +56,18 @@ def fault_row(request):
     "Record a row of the table: `fault_row(promise, fault, outcome)`, called at the end of a test, with what it observed."
 
     def add(promise: str, fault: str, outcome: str) -> None:
+        from hybrid_ir.experiment import code_hash
+
         name = f"{request.node.path.relative_to(ROOT).as_posix()}::{request.node.name}"
-        FAULT_ROWS[name] = {"test": name, "promise": promise, "fault": fault, "outcome": outcome}
+        FAULT_ROWS[name] = {"test": name, "promise": promise, "fault": fault, "outcome": outcome, "date": time.strftime("%Y-%m-%d", time.gmtime()), "code": code_hash()}
 
     return add
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    "All tests of the files that are run, also those that are then left out."
+    COLLECTED.update(item.nodeid for item in items)
 
 
 def pytest_runtest_logreport(report):
@@ -67,11 +77,13 @@ def pytest_runtest_logreport(report):
 
 
 def pytest_sessionfinish(session):
-    "Write the rows, beside those of tests that did not run this time."
+    "Write the rows, beside those of tests that did not run this time and are still there."
     target = os.environ.get("HYBRID_IR_FAULTS")
     if target and (FAULT_ROWS or FAILED):
         path = ROOT / target
         known = {row["test"]: row for row in json.loads(path.read_text(encoding="utf-8"))["rows"]} if path.exists() else {}
-        rows = sorted((row for name, row in {**known, **FAULT_ROWS}.items() if name not in FAILED), key=lambda row: (row["promise"], row["test"]))
+        files = {name.partition("::")[0] for name in COLLECTED}
+        gone = {name for name in known if name not in COLLECTED and name.partition("::")[0] in files}
+        rows = sorted((row for name, row in {**known, **FAULT_ROWS}.items() if name not in FAILED | gone), key=lambda row: (row["promise"], row["test"]))
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"rows": rows}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

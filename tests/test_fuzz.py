@@ -187,11 +187,11 @@ def test_json_lines_of_pairs(tmp_path, outcomes, fault_row):
     fault_row(PROMISE, "JSON lines of training pairs, plain and gzipped, with damaged bytes or values of another kind", outcomes.row())
 
 
-def plain_dataset(files: dict[str, bytes], folder: Path) -> list[dict]:
+def plain_dataset(files: dict[str, bytes]) -> list[dict]:
     "The records of a folder of datasets, read by Arrow and by the JSON of Python alone."
     name = next(name for name in files if name.endswith((".arrow", ".parquet", ".jsonl")))
     if name.endswith(".jsonl"):
-        return [json.loads(line) for line in files[name].split(b"\n") if line.strip()]
+        return [json.loads(line, parse_constant=lambda word: None) for line in files[name].split(b"\n") if line.strip()]  # to `datasets`, NaN is nothing
     return (pa.ipc.open_stream(files[name]).read_all() if name.endswith(".arrow") else pa.parquet.read_table(pa.BufferReader(files[name]))).to_pylist()
 
 
@@ -226,7 +226,7 @@ def test_dataset_folders(tmp_path, outcomes, fault_row, monkeypatch):
             (folder / name).write_bytes(content)
         pairs = outcomes.check(lambda: load_pairs(f"hf:{folder}" if kind == "hub" else folder), folder.name)
         if pairs is not None:
-            assert rows_of(pairs) == texts_of(plain_dataset(files, folder)), (seed, kind)
+            assert rows_of(pairs) == texts_of(plain_dataset(files)), (seed, kind)
 
     for seed in range(max(10, CASES // 4)):
         run(seed)
@@ -373,7 +373,7 @@ def test_judgements_and_topics(tmp_path, outcomes, fault_row):
             assert len(frame) == len(lines), content
             cells = [line.split("\t") for line in lines]
             if name == "topics.tsv":
-                assert list(zip(frame["id"], frame["text"])) == [(number, text) for number, text in cells], content
+                assert list(zip(frame["id"], frame["text"])) == [tuple(part.strip() for part in line.split("\t", 1)) for line in lines], content
             else:
                 assert list(zip(frame["query_id"], frame["passage_id"], frame["grade"])) == [(parts[0], parts[-2], int(parts[-1])) for parts in cells], content
 
