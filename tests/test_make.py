@@ -73,7 +73,9 @@ def test_make_lab_opens_the_notebooks(lab):
 
 def test_every_target_that_a_page_names_exists():
     targets = set(re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.M)[1].split())
-    texts = [path.read_text(encoding="utf-8") for path in [*(ROOT / "nbs").glob("*.ipynb"), ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / ".ci" / "run", *(ROOT / ".github").rglob("*.yml")]]
-    named = {name for text in texts for name in re.findall(r"(?:^|[\"`]| run: ) *make (?:-s )?([a-z]+)(?= *(?:[`\"\\#]|ARGS|PYTHON|$))", text, re.M)}
+    notebooks = [json.loads(path.read_text(encoding="utf-8")) for path in (ROOT / "nbs").glob("*.ipynb")]
+    prose = ["".join(cell["source"]) for notebook in notebooks for cell in notebook["cells"] if cell["cell_type"] == "markdown"]
+    texts = prose + [path.read_text(encoding="utf-8") for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / ".ci" / "run", *(ROOT / ".github").rglob("*.yml")]]
+    named = {name for text in texts for name in re.findall(r"(?:^|[\"`]| run: ) *make (?:-s )?([a-z]+)\b", text, re.M)}
     assert {"setup", "run", "test", "study", "docs"} <= named
     assert named <= targets, named - targets
