@@ -8,8 +8,10 @@ SAMPLER ?= hybrid
 REPORT ?= reports/$(ENCODER)/run-$(SAMPLER).ipynb
 # more parameters of nbs/run.ipynb: make run ARGS="-p steps 300 -p seed 1"
 ARGS ?=
+# notebooks that show what runs, tests and measurements have written
+PAGES := index limits reproduce speed cost nothing_lost
 
-.PHONY: help setup run test study reports speed docs readme lab workflows clean
+.PHONY: help setup run test study reports speed faults pages docs readme lab workflows clean
 .DEFAULT_GOAL := help
 
 help:
@@ -19,6 +21,8 @@ help:
 	@echo "make study   every run of the study that is missing, and all reports (hours on a CPU; can be stopped and continued)"
 	@echo "make reports all reports of the study from the runs that are complete"
 	@echo "make speed   measurements beside other libraries: speed/results (hours, 20 GB of free disk)"
+	@echo "make faults  the long form of the tests of faults: reports/faults.json"
+	@echo "make pages   the notebooks of the site that show numbers of others, run anew"
 	@echo "make docs    the web site, in _docs"
 	@echo "make readme  README.md from nbs/index.ipynb"
 	@echo "make lab     the notebooks in JupyterLab"
@@ -52,6 +56,13 @@ reports: $(STAMP)
 
 speed: $(STAMP)
 	for script in speed/*.py; do $(BIN)/python $$script || exit 1; done
+
+faults: $(STAMP)
+	HYBRID_IR_FAULTS=reports/faults.json HYBRID_IR_LONG=1 HYBRID_IR_FUZZ=1250 $(BIN)/python -m pytest tests/test_faults.py tests/test_fuzz.py
+
+pages: $(STAMP)
+	cd nbs && PYTHONWARNINGS="ignore:IProgress not found" ../$(BIN)/jupyter nbconvert --to notebook --execute --inplace $(PAGES:=.ipynb)
+	$(BIN)/nbdev_clean
 
 docs: $(STAMP)
 	$(BIN)/python tools/build_site.py

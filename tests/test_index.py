@@ -118,13 +118,15 @@ def test_two_processes_give_the_files_of_one(encoded, tiny, passages, tmp_path):
     passages.to_parquet(tmp_path / "passages.parquet")
     script = tmp_path / "encode.py"
     script.write_text(
-        "import pandas as pd\nfrom hybrid_ir.encoders import load_encoder\nfrom hybrid_ir.index import encode_corpus\n"
+        "import pandas as pd\nfrom accelerate import PartialState\nfrom hybrid_ir.encoders import load_encoder\nfrom hybrid_ir.index import encode_corpus\n"
         f"encode_corpus(load_encoder({str(tiny)!r}, device='cpu'), pd.read_parquet('passages.parquet'), 'shared', {SIZE})\n"
+        "print(f'processes: {PartialState().num_processes}\\n', end='')\n"
     )
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", str(script)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]  # `accelerate launch --cpu` starts one process only
     paths = os.pathsep.join([str(Path(index.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(command, check=False, cwd=tmp_path, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("processes: 2") == 2, done.stdout
     assert contents(tmp_path / "shared") == contents(encoded.folder)
 
 

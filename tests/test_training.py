@@ -258,7 +258,7 @@ records = [{"id": f"{n}", "query": {"de": f"Frage {n}", "en": f"question {n}"}, 
 encoder = load_encoder(sys.argv[1], device="cpu", precision="fp32", query_length=32, passage_length=64)
 result = train(encoder, ParallelPairs.from_records(records), folder=sys.argv[4], progress=False, **eval(sys.argv[2]))
 if PartialState().is_main_process:
-    torch.save({"weights": encoder.state_dict(), "losses": result.log["loss"].dropna().tolist(), "validation": result.log["validation_loss"].dropna().tolist()}, sys.argv[3])
+    torch.save({"processes": PartialState().num_processes, "weights": encoder.state_dict(), "losses": result.log["loss"].dropna().tolist(), "validation": result.log["validation_loss"].dropna().tolist()}, sys.argv[3])
 """
 
 
@@ -266,8 +266,7 @@ def test_two_processes_equal_one(folder, tmp_path):
     "Two processes with half of each batch train the weights of one process with the whole batch, hard negatives and gradient caching included; and so they do in two parts."
     options, found = OPTIONS | dict(steps=6, dropout=0.0, hard_negatives=2, symmetric=True, mini_batch_size=4, validate_every=3, checkpoint_every=3), []
     for number, processes in enumerate((1, 2, 2)):
-        launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-        launch += ["--main_process_port", "0"] if processes > 1 else []
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]  # `accelerate launch --cpu` starts one process, however many it is asked for
         script = tmp_path / "script.py"
         script.write_text(PROCESSES)
         done = subprocess.run([*launch, str(script), str(folder), repr(options), str(tmp_path / f"{number}.pt"), str(tmp_path / f"{processes}")], capture_output=True, text=True)
@@ -277,6 +276,7 @@ def test_two_processes_equal_one(folder, tmp_path):
             newest = checkpoints(tmp_path / "2")[-1]
             assert newest.name.endswith("6") and len(checkpoints(tmp_path / "2")) == 2
             shutil.rmtree(newest)
+    assert [each["processes"] for each in found] == [1, 2, 2]
     alone, together, again = found
     assert all(torch.equal(values, again["weights"][name]) for name, values in together["weights"].items()) and again["losses"] == together["losses"]
     assert alone["losses"] == pytest.approx(together["losses"], abs=1e-4) and alone["validation"] == pytest.approx(together["validation"], abs=1e-4)

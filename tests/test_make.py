@@ -1,7 +1,8 @@
-"`make lab`: JupyterLab starts, answers, lists the notebooks, and a kernel of the project comes up."
+"The Makefile: its targets are those that the pages name, and `make lab` starts JupyterLab with the notebooks and a kernel of the project."
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -68,3 +69,13 @@ def test_make_lab_opens_the_notebooks(lab):
     started = json.loads(lab("/api/sessions", "POST", {"path": "run.ipynb", "type": "notebook", "name": "", "kernel": {"name": kernel}}))
     assert started["kernel"]["name"] == kernel and json.loads(lab(f"/api/kernels/{started['kernel']['id']}"))["execution_state"] != "dead"
     lab(f"/api/sessions/{started['id']}", "DELETE")
+
+
+def test_every_target_that_a_page_names_exists():
+    targets = set(re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.M)[1].split())
+    notebooks = [json.loads(path.read_text(encoding="utf-8")) for path in (ROOT / "nbs").glob("*.ipynb")]
+    prose = ["".join(cell["source"]) for notebook in notebooks for cell in notebook["cells"] if cell["cell_type"] == "markdown"]
+    texts = prose + [path.read_text(encoding="utf-8") for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / ".ci" / "run", *(ROOT / ".github").rglob("*.yml")]]
+    named = {name for text in texts for name in re.findall(r"(?:^|[\"`]| run: ) *make (?:-s )?([a-z]+)\b", text, re.M)}
+    assert {"setup", "run", "test", "study", "docs"} <= named
+    assert named <= targets, named - targets
