@@ -7,8 +7,8 @@ __all__ = ['COLOURS', 'PANELS', 'Estimates', 'MANY_LANGUAGES', 'VERDICT_COLOURS'
            'pooled_estimate', 'panel_estimates', 'seed_means', 'comparison_table', 'comparison_plot', 'seeds_table',
            'stars', 'difference_table', 'language_differences', 'language_difference_map', 'mean_table',
            'mean_by_language', 'comparison_maps', 'mean_bias', 'comparison_bias_plot', 'language_group_table',
-           'published_plot', 'validation_plot', 'runs_table', 'claim_row', 'evidence_link', 'claims_table',
-           'verdict_grid', 'claims_plot', 'alpha_plot', 'gap_plot']
+           'published_plot', 'validation_plot', 'runs_table', 'full_verdict', 'claim_row', 'evidence_links',
+           'claims_table', 'verdict_grid', 'claims_plot', 'alpha_plot', 'gap_plot']
 
 # %% ../nbs/13_study_figures.ipynb #0728a964
 import matplotlib.pyplot as plt
@@ -284,28 +284,34 @@ def runs_table(runs: dict[str, list[Run]]) -> pd.DataFrame:
 VERDICT_COLOURS = {"reproduced": "#2a7f3f", "not reproduced": "#b03a2e", "not decidable": "0.5"}
 
 # %% ../nbs/13_study_figures.ipynb #c5524687
+def full_verdict(row: dict) -> str:
+    "The verdict of a row of `study.judge_all`; of a gap also why it is narrower or wider."
+    return row["verdict"] + (f", {reason_of_gap(row)}" if "within" in row else "")
+
+
 def claim_row(row: dict) -> dict:
     "A row of `study.judge_all` as text."
-    gap = {"within": f"{row['within']:+.3f}", "across": f"{row['across']:+.3f}", "the gap is": reason_of_gap(row)} if "within" in row else {}
+    gap = {"within, across": f"{row['within']:+.3f}, {row['across']:+.3f}"} if "within" in row else {}
     shown = {
         "claim": row["text"], "encoder": row["encoder"], "benchmark": parse_benchmark(row["benchmark"]).title,
         "questions in": "all" if row["languages"] == "all" else ", ".join(row["languages"]), "against": row["against"],
         "effect": f"{Estimate(row['effect'], row['low'], row['high']):+.3f}", **gap,
-        "bound": f"{row['bound']:g}", "seeds": row["seeds"], "verdict": row["verdict"],
+        "bound": f"{row['bound']:g}", "seeds": row["seeds"], "verdict": full_verdict(row),
     }  # fmt: skip
-    return {name: text.replace("-", "\u2212") if name in ("effect", "within", "across") else text for name, text in shown.items()}
+    return {name: text.replace("-", "\u2212") if name in ("effect", "within, across") else text for name, text in shown.items()}
 
 # %% ../nbs/13_study_figures.ipynb #c5a9652c
-def evidence_link(row: dict) -> str:
-    "Markdown links from the folder of reports to the report of a row and to its runs."
-    page, names = f"{slug(row['encoder'])}/{slug(row['benchmark'])}.ipynb", ", ".join(folder.split("/")[-1] for folder in row["runs"])
-    return f"[report]({page}#the-claims), [{len(row['runs'])} runs]({page}#the-runs \"{names}\")"
+def evidence_links(row: dict) -> dict[str, str]:
+    "Markdown links from the folder of reports: `benchmark` to the report of a row, `runs` to the runs in it, whose names it shows."
+    page, runs = f"{slug(row['encoder'])}/{slug(row['benchmark'])}.ipynb", [folder.split("/")[-1] for folder in row["runs"]]
+    title = parse_benchmark(row["benchmark"]).title
+    return {"benchmark": f"[{title}]({page}#the-claims)", "runs": f"[{len(runs)}]({page}#the-runs \"{', '.join(runs)}\")"}
 
 # %% ../nbs/13_study_figures.ipynb #cdac405a
 def claims_table(rows: list[dict], by: tuple[str, ...] = ("encoder", "benchmark"), evidence: bool = False) -> pd.DataFrame:
     "Rows of `study.judge_all` as text, named by some of claim, encoder and benchmark; with `evidence` also links, in Markdown."
-    table = pd.DataFrame([claim_row(row) | ({"evidence": evidence_link(row)} if evidence else {}) for row in rows]).fillna("")
-    last = [name for name in ("verdict", "evidence") if name in table]
+    table = pd.DataFrame([claim_row(row) | (evidence_links(row) if evidence else {}) for row in rows]).fillna("")
+    last = [name for name in ("seeds", "runs", "verdict") if name in table]
     table = table[[*table.columns.drop(last), *last]]
     shared = [name for name in ("questions in", "against", "bound") if len(rows) > 1 and table[name].nunique() == 1]
     return table.set_index(list(by)).drop(columns={"claim", "encoder", "benchmark", *shared} - {*by})
@@ -316,7 +322,7 @@ def verdict_grid(rows: list[dict], benchmarks: dict[str, str]) -> pd.DataFrame:
     cells = {}
     for row in rows:
         if row["languages"] == "all" and row["benchmark"] in benchmarks:
-            cell = f"{row['verdict']} ({row['effect']:+.3f})" + (f", {reason_of_gap(row)}" if "within" in row else "")
+            cell = full_verdict(row).replace(row["verdict"], f"{row['verdict']} ({row['effect']:+.3f})", 1)
             cells.setdefault(row["text"], {})[row["encoder"], benchmarks[row["benchmark"]]] = cell
     return pd.DataFrame(cells).T.fillna("").rename_axis(index="claim", columns=["encoder", "benchmark"])
 
