@@ -403,7 +403,7 @@ def last_fall(run: Run) -> float:
 # %% ../nbs/12_study.ipynb #459a164a
 def endings(runs: list[Run]) -> pd.DataFrame:
     "By encoder: runs, the most steps they may take, how many stopped early or had the lowest loss at their end, and how far the loss fell last."
-    rows = {}
+    rows, found_in = {}, (("least", np.nanmin), ("median", np.nanmedian), ("most", np.nanmax))
     for encoder in dict.fromkeys(run.config.encoder for run in runs):
         part = [run for run in runs if run.config.encoder == encoder]
         training, falls = [run.metrics["training"] for run in part], np.array([last_fall(run) for run in part])
@@ -411,7 +411,7 @@ def endings(runs: list[Run]) -> pd.DataFrame:
             "runs": len(part), "steps at most": max(run.config.steps for run in part),
             "stopped early": sum(found["stopped_early"] for found in training),
             "lowest loss at the end": sum(found["best_step"] == found["steps"] for found in training),
-            "last fall of the loss, median": f"{np.nanmedian(falls):.1%}", "from": f"{np.nanmin(falls):.1%}", "to": f"{np.nanmax(falls):.1%}",
+            **{f"last fall of the loss, {name}": f"{round(of(falls), 3) + 0.0:.1%}" for name, of in found_in},
         }  # fmt: skip
     return pd.DataFrame(rows).rename_axis(columns="encoder")
 
@@ -436,8 +436,10 @@ def alpha_curve(comparison: Comparison) -> dict[float, list[Scores]]:
 def narrowing_in_words(row: dict) -> str:
     "An effect on the gap with its interval, and what its two levels did, in points of mAP."
     value, low, high = 100 * row["effect"], 100 * row["low"], 100 * row["high"]
+    within, across = (round(100 * row[name], 1) + 0.0 for name in ("within", "across"))  # no -0.0
+    changes = f"within a language {within:+.1f}, across languages {across:+.1f}"
     way, bounds = ("narrower", (low, high)) if value >= 0 else ("wider", (-high, -low))
-    return f"{way} by {abs(value):.1f} points of mAP [{bounds[0]:.1f}, {bounds[1]:.1f}] (within a language {100 * row['within']:+.1f}, across languages {100 * row['across']:+.1f})"
+    return f"{way} by {abs(value):.1f} points of mAP [{bounds[0]:.1f}, {bounds[1]:.1f}] ({changes})"
 
 # %% ../nbs/12_study.ipynb #aa9c32e8
 ANSWERS = {"reproduced": "Yes", "not reproduced": "No", "not decidable": "Not decidable"}
@@ -476,9 +478,10 @@ def ablation_line(comparison: Comparison) -> str:
     repeated, batches = (sum(part[key] for part in drawn) for key in ("repeated_ids", "batches"))
     task = comparison.scores["untouched"][0].info["tasks"][-1]
     row = compare([usual[seed].after[name] for seed in seeds], [without[seed].after[name] for seed in seeds], "map", task).loc["macro"]
+    difference, low, high = (f"{100 * row[key]:+.2f}" for key in ("difference", "low", "high"))
     return (
-        f"- {short_name(comparison.encoder, name)}: {repeated} repeated ids in {batches} batches of {without[seeds[0]].config.batch_size}; with the rule the pooled mAP "
-        f"is {100 * row['difference']:+.2f} points different [{100 * row['low']:+.2f}, {100 * row['high']:+.2f}], {len(seeds)} seed{'s' * (len(seeds) > 1)}.")
+        f"- {short_name(comparison.encoder, name)}: {repeated} repeated ids in {batches} batches of {without[seeds[0]].config.batch_size}; "
+        f"with the rule the pooled mAP is {difference} points different [{low}, {high}], {len(seeds)} seed{'s' * (len(seeds) > 1)}.")
 
 # %% ../nbs/12_study.ipynb #3768500f
 def ablation_answer(comparisons: list[Comparison]) -> str:

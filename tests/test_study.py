@@ -1,6 +1,7 @@
 """The study: settings are chosen once, the matrix can be stopped and continued, verdicts follow from intervals, reports from run folders."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -126,6 +127,8 @@ def test_a_small_study_from_end_to_end(small_study):
     for row in rows:
         assert row["low"] <= row["effect"] <= row["high"] and row["verdict"] == verdict(row["low"], row["high"], row["bound"]) and row["seeds"] == 2
         assert len(row["runs"]) == (2 if row["against"] == "untouched" else 4)
+        if row["claim"].startswith("gap"):
+            assert row["across"] - row["within"] == pytest.approx(row["effect"], abs=1e-6), "a gap narrows by the change across minus the change within"
     difference = comparison.scores["hybrid"][0].summary().loc["multi", "map"] + comparison.scores["hybrid"][1].summary().loc["multi", "map"]
     difference -= comparison.scores["mono"][0].summary().loc["multi", "map"] + comparison.scores["mono"][1].summary().loc["multi", "map"]
     assert next(row["effect"] for row in rows if row["claim"] == "multi") == pytest.approx(difference / 2, abs=1e-3)
@@ -135,6 +138,33 @@ def test_a_small_study_from_end_to_end(small_study):
     assert list(load_comparison(encoder, "sample:de+en", folder).samplers) == ["untouched", "mono", "cross", "hybrid"]
     with pytest.raises(FileNotFoundError, match="no run of the study"):
         load_comparison(encoder, "xquad_r", folder)
+
+
+def test_how_runs_ended_and_what_computed_them(small_study):
+    encoder, folder = small_study
+    comparisons = study.all_comparisons(folder)
+    runs = study.runs_behind([found for found in comparisons if found.encoder == encoder])
+    assert len(runs) == len({config.key for config in study_runs(PLANS[encoder], study.chosen_settings(encoder, folder))}), "each run once"
+    table = study.endings(runs)[encoder]
+    assert table["runs"] == len(runs) and table["steps at most"] == 4
+    assert table["stopped early"] == sum(run.metrics["training"]["stopped_early"] for run in runs)
+    losses = runs[0].log["validation_loss"].dropna().tolist()
+    assert study.last_fall(runs[0]) == pytest.approx((losses[-2] - losses[-1]) / losses[-2])
+    assert f"{len(runs)} by code `{study.code_hash()}`" in study.computed_by(runs) and study.computed_by([]).startswith("0 runs")
+
+
+@pytest.mark.parametrize("within, across, words", [
+    (-0.03, -0.01, "narrower because retrieval within a language fell"), (-0.03, 0.02, "narrower because retrieval within a language fell"),
+    (-0.02, 0.03, "narrower because retrieval across languages rose"), (0.01, 0.03, "narrower because retrieval across languages rose"),
+    (0.03, 0.01, "wider because retrieval within a language rose"), (-0.01, -0.03, "wider because retrieval across languages fell"),
+])  # fmt: skip
+def test_a_gap_that_narrows_by_a_loss_says_so(within, across, words):
+    row = {"claim": "gap-untouched", "encoder": "an encoder", "benchmark": "xm3600", "against": "untouched", "within": within, "across": across, "effect": across - within}
+    row |= {"low": row["effect"] - 0.001, "high": row["effect"] + 0.001, "hybrid": 0.1, "other": 0.1 + row["effect"], "verdict": verdict(row["effect"] - 0.001, row["effect"] + 0.001, 0)}
+    assert study.reason_of_gap(row) == words
+    answer = study.gap_answer([row | {"claim": claim.key} for claim in GAP_CLAIMS])
+    assert ("Yes, but narrower because" in answer) == (words.startswith("narrower") and "fell" in words)
+    assert f"within a language {100 * within:+.1f}, across languages {100 * across:+.1f}" in answer
 
 
 def test_every_figure_of_a_report(small_study):
@@ -150,7 +180,11 @@ def test_every_figure_of_a_report(small_study):
     assert len(study_figures.seeds_table(scores)) == 15 and len(study_figures.runs_table(comparison.runs)) == 9
     table = study_figures.language_group_table(scores, {"trained": ("de", "en", "th"), "not trained": ("el",)})
     expected = comparison.scores["untouched"][0].by_language("map").loc["el", "el"]
-    assert table.loc["untouched", ("not trained", "mono")] == pytest.approx(expected, abs=2e-3)
+    value, low, high = map(float, re.findall(r"[\d.]+", table.loc[("not trained", "untouched"), "mono"]))
+    assert value == pytest.approx(expected, abs=2e-3) and low < value < high
+    assert study_figures.comparison_table(scores, study_figures.panel_estimates(scores)).equals(study_figures.comparison_table(scores))
+    claims = study_figures.claims_table(judge_all(comparison), evidence=True)
+    assert claims["runs"].str.contains(r"\[(?:2|4)\]").all() and claims["verdict"].str.contains("narrower because|wider because").sum() == len(GAP_CLAIMS)
 
 
 def test_unseen_languages_are_judged_by_their_queries_only(small_study):
