@@ -1,0 +1,138 @@
+"""What is quicker on a processor gives what the usual networks give: attention, dropout, encoding without padding."""
+
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import save_tiny
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from hybrid_ir import processor
+from hybrid_ir.encoders import load_encoder
+from hybrid_ir.pairs import load_pairs
+from hybrid_ir.processor import Dropout, PackedBert, attention_by_products, can_be_packed, drop, quicken_training
+from hybrid_ir.training import train
+
+
+@pytest.fixture(scope="module", params=["bert", "xlm-roberta"])
+def folder(request, tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp(request.param), request.param)
+
+
+TEXTS = ["one", "two words", "การทดสอบภาษาไทย", "a much longer text " * 30, "one", "и ещё один", "x" * 400]
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_attention_is_that_of_pytorch(padded):
+    torch.manual_seed(0)
+    given = [torch.randn(3, 4, 9, 8, requires_grad=True) for _ in range(3)]
+    mask = torch.zeros(3, 1, 9, 9)
+    mask[1, :, :, 5:] = mask[2, :, :, 1:] = torch.finfo(torch.float32).min
+    mask = mask if padded else None
+    ours, _ = attention_by_products(torch.nn.Module(), *given, mask)
+    usual = F.scaled_dot_product_attention(*given, attn_mask=mask).transpose(1, 2)
+    assert torch.allclose(ours, usual, atol=1e-6)
+    wish = torch.randn_like(ours)
+    for one, other in zip(torch.autograd.grad(ours, given, wish), torch.autograd.grad(usual, given, wish), strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+
+
+def test_attention_drops_in_training_only():
+    module, given = torch.nn.Module(), [torch.randn(2, 2, 5, 4) for _ in range(3)]
+    kept, _ = attention_by_products(module.eval(), *given, None, dropout=0.5)
+    dropped, _ = attention_by_products(module.train(), *given, None, dropout=0.5)
+    assert torch.equal(kept, attention_by_products(module.train(), *given, None)[0]) and not torch.equal(kept, dropped)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 3000), st.sampled_from([0.0, 0.1, 0.5, 0.9]), st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]), st.integers(0, 2**31))
+def test_dropout_of_any_size_and_type(size, share, dtype, seed):
+    torch.manual_seed(seed)
+    values = torch.randn(size).to(dtype) + 10
+    torch.manual_seed(seed)
+    dropped = drop(values, share)
+    torch.manual_seed(seed)
+    assert torch.equal(drop(values, share), dropped)  # the same seed, the same places
+    kept = dropped != 0
+    assert dropped.dtype == dtype and dropped.shape == values.shape
+    assert torch.allclose(dropped[kept].double(), values[kept].double() / (1 - share), rtol=1e-2)
+    assert abs(float((~kept).double().mean()) - share) < 5 * (max(share * (1 - share), 1e-9) / max(size, 1)) ** 0.5 + 1e-3 if size else True
+
+
+def test_places_of_dropout_are_independent():
+    torch.manual_seed(0)
+    first, second = drop(torch.ones(400, 500), 0.5) != 0, drop(torch.ones(400, 500), 0.5) != 0
+    n = first.numel()
+    for one, other in ((first, second), (first[:, 1:], first[:, :-1]), (first[1:], first[:-1]), (first[:, 4:], first[:, :-4])):
+        agreement = float((one == other).double().mean())
+        assert abs(agreement - 0.5) < 5 * 0.5 / n**0.5 + 1e-3
+
+
+def test_dropout_passes_the_gradient_of_what_was_kept():
+    values = torch.randn(50, 7, requires_grad=True)
+    dropped = drop(values, 0.3)
+    dropped.sum().backward()
+    assert torch.equal(values.grad != 0, dropped != 0) and torch.allclose(values.grad[dropped != 0], torch.tensor(1 / 0.7))
+
+
+def test_dropout_falls_on_the_same_places_when_a_part_is_computed_again():
+    layer, values = Dropout(0.4).train(), torch.randn(30, 11, requires_grad=True)
+    dropped = checkpoint(layer, values, use_reentrant=False)
+    dropped.sum().backward()
+    assert torch.equal(values.grad != 0, dropped != 0)
+
+
+def test_a_network_keeps_its_mode_and_its_gradient(folder):
+    encoder = load_encoder(str(folder), device="cpu", precision="fp32")
+    tokens = encoder.tokenize(TEXTS, "passage")
+
+    def gradient():
+        encoder.zero_grad()
+        (encoder.embed_tokens(tokens) * torch.linspace(-1, 1, encoder.dim)).sum().backward()
+        return torch.cat([parameter.grad.flatten() for parameter in encoder.parameters() if parameter.grad is not None])
+
+    usual = gradient()
+    quicken_training(encoder.backbone)
+    quicken_training(encoder.backbone)  # a second time changes nothing
+    assert encoder.backbone.config._attn_implementation == "products"
+    assert {type(module) for module in encoder.modules() if isinstance(module, torch.nn.Dropout)} == {Dropout}
+    assert not any(module.training for module in encoder.modules())
+    assert (gradient() - usual).norm() < 1e-5 * usual.norm()
+
+
+def test_training_gives_the_attention_back(folder):
+    encoder = load_encoder(str(folder), device="cpu", precision="fp32", query_length=16, passage_length=16)
+    train(encoder, load_pairs("sample", languages=["de", "en"]), batch_size=4, steps=2, heldout=0, progress=False)
+    assert encoder.backbone.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_packed_vectors_are_those_of_the_network(folder, pooling, fused):
+    fp32, bf16 = (load_encoder(str(folder), device="cpu", precision=precision, pooling=pooling) for precision in ("fp32", "bf16"))
+    assert can_be_packed(bf16.backbone)
+    with mock.patch.object(processor, "FUSED", fused and processor.FUSED), mock.patch.object(bf16, "pad", side_effect=AssertionError("no padding is needed")):
+        packed = bf16.encode(TEXTS, "passage")
+    usual = fp32.encode(TEXTS, "passage")
+    assert (packed * usual).sum(1).min() > 0.9995 and np.abs(np.linalg.norm(packed, axis=1) - 1).max() < 1e-5
+    assert np.array_equal(packed[0], packed[4])
+
+
+def test_company_and_order_do_not_matter(folder):
+    encoder = load_encoder(str(folder), device="cpu", precision="bf16")
+    together = encoder.encode(TEXTS)
+    assert (together * np.concatenate([encoder.encode([text]) for text in TEXTS])).sum(1).min() > 0.9995
+    assert (together[::-1] * encoder.encode(TEXTS[::-1])).sum(1).min() > 0.9995
+
+
+def test_what_cannot_be_packed_is_padded(folder):
+    encoder = load_encoder(str(folder), device="cpu", precision="bf16")
+    encoder.backbone.config.hidden_act = "relu"
+    assert not can_be_packed(encoder.backbone)
+    with mock.patch.object(PackedBert, "__init__", side_effect=AssertionError("not to be packed")):
+        assert encoder.encode(TEXTS).shape == (len(TEXTS), encoder.dim)
+    assert not can_be_packed(load_encoder("use-multilingual-v3", device="cpu").backbone)
