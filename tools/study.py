@@ -22,7 +22,10 @@ from hybrid_ir.experiment import RunConfig, is_complete, run_folder, slug  # noq
 from hybrid_ir.sources import cache_dir, whole_file  # noqa: E402
 from hybrid_ir.study import PLANS, choose_settings, describe, report_benchmarks, short_name, study_runs  # noqa: E402
 
-RUN_PARAMETERS = ("encoder", "train", "sampler", "alpha", "batch_size", "steps", "learning_rate", "temperature", "query_length", "passage_length", "unique_ids", "dropout", "validate_every", "seed", "device", "precision")
+RUN_PARAMETERS = (
+    "encoder", "train", "sampler", "alpha", "batch_size", "steps", "learning_rate", "temperature", "query_length", "passage_length",
+    "unique_ids", "dropout", "validate_every", "seed", "device", "precision",
+)  # fmt: skip
 
 
 def execute(notebook: str, output: Path, parameters: dict, show: bool = True, title: str = ""):
@@ -53,7 +56,8 @@ def render_reports(encoders: list[str]):
     for encoder in encoders:
         for benchmark in report_benchmarks(encoder):
             print(f"report: {encoder}, {benchmark}", flush=True)
-            execute("report.ipynb", Path("reports") / slug(encoder) / f"{slug(benchmark)}.ipynb", {"encoder": encoder, "benchmark": benchmark}, show=False, title=short_name(encoder, benchmark))
+            output, parameters = Path("reports") / slug(encoder) / f"{slug(benchmark)}.ipynb", {"encoder": encoder, "benchmark": benchmark}
+            execute("report.ipynb", output, parameters, show=False, title=short_name(encoder, benchmark))
     print("report: summary", flush=True)
     execute("summary.ipynb", Path("reports") / "summary.ipynb", {}, show=False)
 
@@ -70,7 +74,8 @@ def main():
         print(study_command(options)[1])
         return
     if not options.reports:
-        runs = [config for encoder in encoders for config in study_runs(PLANS[encoder], choose_settings(PLANS[encoder])) if re.search(options.only, describe(config))]
+        runs = [config for encoder in encoders for config in study_runs(PLANS[encoder], choose_settings(PLANS[encoder]))]
+        runs = [config for config in runs if re.search(options.only, describe(config))]
         missing = [config for config in runs if not is_complete(config)]
         print(f"{len(runs) - len(missing)} of {len(runs)} runs are complete")
         for config in tqdm(missing, desc="study", unit="run"):
