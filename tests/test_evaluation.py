@@ -291,7 +291,7 @@ def test_size_on_disk(tmp_path):
     averages = pd.DataFrame(columns=["task", "measure", "value", "low", "high"])
     folder = Scores(info, cells, saved_by_query=table, saved_estimates=averages).save(tmp_path)
     assert (folder / "per_query.parquet").stat().st_size < 30_000 * 3.5
-    assert Scores.load(folder).by_query["map"].mean() == pytest.approx(table["map"].mean(), abs=1e-5)
+    assert Scores.load(folder).by_query["map"].mean() == pytest.approx(table["map"].mean(), abs=1e-4)
 
 
 @pytest.mark.parametrize("benchmark", [parallel_benchmark(), small_benchmark()])
