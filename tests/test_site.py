@@ -181,37 +181,58 @@ def test_formulas_are_drawn_without_a_network(browser, address):
     assert font and "error" not in font
 
 
-def test_search_finds_a_word_and_leads_to_it(browser, address):
+SEARCHES = {"hybrid": "samplers.html", "rank_distance": "metrics.html", "gradient caching": "training.html", "load_benchmark": "benchmarks.html"}
+
+
+@pytest.mark.parametrize(("words", "page"), SEARCHES.items())
+def test_search_finds_words_and_leads_to_them(browser, address, words, page):
     browser.get(address)
     generator = browser.execute_script("return document.querySelector('meta[name=generator]').content")
     if not generator.startswith("smalldocs"):
         with urllib.request.urlopen(address + "search.json") as reply:
-            assert b"hybrid" in reply.read()
+            assert words.split()[0].encode() in reply.read()
         return
     from selenium.webdriver.support.ui import WebDriverWait
 
     field = next(f for f in browser.find_elements("css selector", ".smalldocs-search input") if f.is_displayed())
-    field.send_keys("hybrid")
+    field.send_keys(words)
     results = WebDriverWait(browser, 20).until(lambda b: [r for r in b.find_elements("css selector", "a.search-result") if r.is_displayed()])
-    target = results[0].get_attribute("href")
+    targets = [result.get_attribute("href") for result in results]
+    assert any(urldefrag(target)[0] == address + page for target in targets), targets
     results[0].click()
-    WebDriverWait(browser, 20).until(lambda b: urldefrag(b.current_url)[0] == urldefrag(target)[0])
-    assert "hybrid" in browser.find_element("tag name", "main").text.lower()
+    WebDriverWait(browser, 20).until(lambda b: urldefrag(b.current_url)[0] == urldefrag(targets[0])[0])
+    assert words.split()[0].lower() in browser.find_element("tag name", "main").text.lower()
 
 
 STUDY_PAGES = [p.stem + ".html" for p in sorted((ROOT / "nbs").glob("*.ipynb")) if p not in NUMBERED and not p.stem.startswith("howto_")]
+ALL_PAGES = [*STUDY_PAGES, *HOWTO_PAGES, *MODULE_PAGES, *REPORT_PAGES]
+OUTSIDE = """
+    const scrolls = element => element && (["auto", "scroll"].includes(getComputedStyle(element).overflowX) || scrolls(element.parentElement));
+    return [...document.querySelectorAll("main *")].filter(e => e.checkVisibility() && e.getBoundingClientRect().right > arguments[0] && !scrolls(e)).map(e => e.outerHTML.slice(0, 80));
+"""
 
 
-@pytest.mark.parametrize("name", [*STUDY_PAGES, *HOWTO_PAGES, *MODULE_PAGES, *REPORT_PAGES])
+@pytest.mark.parametrize("name", ALL_PAGES)
 def test_phone_width_needs_no_sideways_scrolling(browser, address, name):
     as_phone(browser)
     read(browser, address + name)
     assert browser.execute_script("return document.documentElement.scrollWidth") <= 390  # not innerWidth: a phone zooms out until all fits
-    outside = browser.execute_script("""
-        const scrolls = element => element && (["auto", "scroll"].includes(getComputedStyle(element).overflowX) || scrolls(element.parentElement));
-        return [...document.querySelectorAll("main *")].filter(e => e.checkVisibility() && e.getBoundingClientRect().right > 391 && !scrolls(e)).map(e => e.outerHTML.slice(0, 80));
-    """)
-    assert not outside, "cut off, and cannot be scrolled"
+    assert not browser.execute_script(OUTSIDE, 391), "cut off, and cannot be scrolled"
+
+
+def test_previous_and_next_lead_through_the_sidebar(site):
+    "From the home page, each `next` is the next page of the sidebar, and each `previous` the one before."
+
+    def hrefs(page: str, pattern: str) -> list[str]:
+        "The pages that the links lead to, from the root of the site."
+        found = re.findall(pattern, (site / page).read_text(encoding="utf-8"), re.S)
+        return [urlparse(urljoin(f"http://site/{page}", link)).path.strip("/") for link in found]
+
+    in_order = list(dict.fromkeys(hrefs("index.html", r'<a href="([^"#]+)" class="sidebar-item-text sidebar-link')))
+    assert set(in_order) == {*STUDY_PAGES, *HOWTO_PAGES, *MODULE_PAGES, *REPORT_PAGES}
+    for before, here, after in zip([[]] + [[page] for page in in_order], in_order, [[page] for page in in_order[1:]] + [[]]):
+        assert hrefs(here, r'nav-page-previous">\s*<a href="([^"]+)"') == before, here
+        assert hrefs(here, r'nav-page-next">\s*<a href="([^"]+)"') == after, here
 
 
 def brightness(page: dict) -> float:
@@ -248,20 +269,29 @@ while (texts.nextNode()) {
 }
 return found;
 """
-READ_MODES = ["index.html", "method.html", "evaluation.html", *HOWTO_PAGES, *REPORT_PAGES[:3]]
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_tables_and_code_can_be_read(browser, address, scheme):
+READ_IN_LIGHT = ["index.html", "method.html", "evaluation.html", *HOWTO_PAGES, *REPORT_PAGES[:3]]
+
+
+@pytest.mark.parametrize(("scheme", "pages"), [("light", READ_IN_LIGHT), ("dark", ALL_PAGES)])
+def test_pages_can_be_read_on_a_desktop(browser, address, scheme, pages):
+    "Text, tables and code stand out from what is behind them, and nothing runs out of its column."
+    as_screen(browser, 1400, 900)
     in_scheme(browser, scheme)
-    pale, kinds = {}, set()
-    for name in READ_MODES:
+    pale, wide, kinds = {}, {}, set()
+    for name in pages:
         assert (brightness(read(browser, address + name)) < 80) == (scheme == "dark")
         found = browser.execute_script(CONTRAST)
         kinds |= found.keys()
         pale |= {(name, kind): worst for kind, worst in found.items() if worst["contrast"] < 4.5}
+        column, scrolled = browser.execute_script("return [document.querySelector('main').getBoundingClientRect().right, document.documentElement.scrollWidth]")
+        outside = browser.execute_script(OUTSIDE, column + 1)
+        if scrolled > 1400 or outside:
+            wide[name] = (scrolled, outside[:3])
     assert kinds == {"text", "table", "code"}
     assert not pale
+    assert not wide
 
 
 def test_pictures_do_not_glare_in_the_dark(browser, address):
