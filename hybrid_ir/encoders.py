@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from fastcore.basics import patch
+from safetensors import SafetensorError
 from torch import nn
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -519,7 +520,10 @@ def encoder_config(name: str, **overrides) -> EncoderConfig:
     "The configuration of a named encoder: its `hybrid_ir.json` if it is a folder with one, else what the table knows; then `overrides`. Raises `ValueError` for a folder of sentence-transformers that neither of them describes."
     saved = Path(name) / "hybrid_ir.json"
     if saved.exists():
-        return replace(EncoderConfig(**json.loads(saved.read_text())), **overrides)
+        try:
+            return replace(EncoderConfig(**json.loads(saved.read_bytes())), **overrides)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{saved} is damaged ({error}); save the encoder again") from error
     known = next((values for pattern, values in KNOWN_CONFIGS.items() if re.fullmatch(pattern, name)), {})
     if not known and "pooling" not in overrides and (Path(name) / "modules.json").exists():
         raise ValueError(f"{name} is a folder of sentence-transformers, which says itself how token vectors become one: load it with from_sentence_transformer, or name the pooling ({', '.join(POOLINGS)}) and the prefixes")
@@ -579,6 +583,8 @@ def load_encoder(
         try:
             with no_file_bars():
                 tokenizer, backbone = AutoTokenizer.from_pretrained(name), load_backbone(name, config.pooling)
+        except SafetensorError as error:
+            raise ValueError(f"the weights of encoder {name!r} are damaged ({error}); save or download them again") from error
         except OSError as error:
             raise OSError(f"cannot load encoder {name!r} from a folder or the hub (bundled: {', '.join(ENCODERS)}): {error}") from error
     check_pooling(name, backbone, config.pooling)

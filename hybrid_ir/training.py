@@ -668,7 +668,9 @@ def train(
 ) -> TrainingResult:
     "Fine-tune an encoder with batches of one sampler; it ends with the weights of the lowest validation loss."
     checked = training_options(**options)
-    with hold_folder(folder) if folder else nullcontext():
+    with hold_folder(folder) if folder else nullcontext("") as left_behind:
+        if left_behind:
+            warnings.warn(f"{folder}: {left_behind} did not come to its end; training goes on from its last checkpoint", stacklevel=2)
         trainer = Trainer(encoder, pairs, checked, Path(folder) if folder else None, progress)
         log = pd.DataFrame(trainer.fit().records)
     state, has_validation = trainer.progress, bool(trainer.validation)
