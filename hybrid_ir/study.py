@@ -79,7 +79,7 @@ PLANS = {
         large=("xm3600", "miracl:yo", "miracl_pool:known"), hybrid_only=("xquad_r:known:context",),
     ),
     "me5-small-q4": Plan(
-        "me5-small-q4", TRAINING_LANGUAGES, ("mono", "cross", "hybrid"), (0, 1, 2),
+        "me5-small-q4", TRAINING_LANGUAGES, ("mono", "cross", "hybrid"), (0,),
         learning_rates=(1e-4, 3e-4, 1e-3), temperatures=(0.02, 0.05, 0.1), steps=100, selection_steps=30, selection_ids=200,
         core=("xquad_r", "mlqa_r"), large=("xm3600", "miracl:yo"), hybrid_only=("xquad_r:context",),
     ),

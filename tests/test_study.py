@@ -104,7 +104,7 @@ def test_the_matrix():
     for plan in (PLANS["use-multilingual-v3"], PLANS["me5-small-q4"]):
         runs = study_runs(plan, {"learning_rate": 1e-4, "temperature": 0.05})
         assert {(config.batch_size, config.train, config.heldout, config.languages) for config in runs} == {(100, "parallel_docs", 0.1, plan.languages)}
-        assert not {"el", "vi"} & set(plan.languages) and len(plan.seeds) == 3
+        assert not {"el", "vi"} & set(plan.languages) and len(plan.seeds) >= 1
         usual = {(config.sampler, config.seed) for config in runs if config.unique_ids and config.alpha == 0.5}
         assert usual == {(sampler, seed) for sampler in plan.samplers for seed in plan.seeds}
         assert {(config.sampler, config.seed) for config in runs if not config.unique_ids} == {("hybrid", seed) for seed in plan.seeds}
