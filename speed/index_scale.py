@@ -1,8 +1,8 @@
 """Retrieval beyond memory: vectors in shards, indexed by FAISS and searched, with time, disk, memory and recall.
 
     python speed/index_scale.py [--rows 10000000] [--factories IVF1024,PQ48]
-    python speed/index_scale.py --rows 200000 --factories Flat HNSW32 IVF1024,Flat IVF1024,PQ48 OPQ48,IVF1024,PQ192
-    python speed/index_scale.py --corpus xm3600 --factories Flat HNSW32 IVF1024,PQ64
+    python speed/index_scale.py --rows 200000 --factories Flat HNSW32 IVF1024,Flat IVF1024,PQ48 OPQ48,IVF1024,PQ96
+    python speed/index_scale.py --corpus xquad_r --factories Flat HNSW32 IVF128,Flat IVF128,PQ64 --training-rows 13014
 
 The vectors are generated (points around random centres, of length 1, float16), because this is about size, not about language: how
 long the work takes and what it needs. They are the worst case for recall: around a centre all directions are alike, so nothing that a code could learn tells the nearest from the next.
