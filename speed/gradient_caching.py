@@ -1,6 +1,6 @@
 """What a training step needs: all activations in memory at once, or the gradients of the vectors cached and the texts computed again, portion by portion.
 
-    python speed/gradient_caching.py [--plain 32 128] [--cached 128 1024] [--peer 128] [--portion 8] [--length 32]
+    python speed/gradient_caching.py [--plain 32 128] [--cached 128 1024] [--peer 128] [--portion 4] [--length 32]
 
 The encoder is me5-small-q4, the pairs are those of `training_and_encoding.py`; sentence-transformers does the cached step with the same weights, precision, batch and texts at a time.
 Each step runs in a process of its own, a copy of one that has loaded the encoder, on one thread, and its seconds are those of the processor, so that other work on the machine counts little. Memory is resident memory:
@@ -58,7 +58,7 @@ def main():
     parser.add_argument("--plain", type=int, nargs="*", default=[32, 128], help="batch sizes with all activations in memory")
     parser.add_argument("--cached", type=int, nargs="*", default=[128, 1024], help="batch sizes with cached gradients")
     parser.add_argument("--peer", type=int, default=128, help="one of them, for sentence-transformers")
-    parser.add_argument("--portion", type=int, default=8, help="pairs whose activations are in memory at once")
+    parser.add_argument("--portion", type=int, default=4, help="pairs whose activations are in memory at once")
     parser.add_argument("--length", type=int, default=32, help="tokens of a text at most")
     options = parser.parse_args()
     torch.set_num_threads(1)
