@@ -108,7 +108,7 @@ def main():
     found = measure(one_scoring, "xm3600" if arguments.xm3600 else "xquad_r", arguments.dim)
     if arguments.xm3600:
         comparisons = [compared("every measure of every query", "seconds", found["cpu seconds"], "bare matrix product", found["bare product, cpu seconds"])]
-        return write_result(__file__, {"comparisons": comparisons, "scoring": found} | entries(__file__, ["torch", "numba"], arguments), "evaluation_xm3600")
+        return write_result(__file__, {"what": found["what"], "comparisons": comparisons, "scoring": found} | entries(__file__, ["torch", "numba"], arguments), "evaluation_xm3600")
     benchmark, queries, passages = problem("xquad_r", arguments.dim)
     times, languages, pool = {name: [] for name in ("ours", "bare matrix product", *PEERS)}, benchmark.languages, slice(0, len(passages))
     differences = dict.fromkeys(PEERS, 0.0)
@@ -135,7 +135,7 @@ def main():
     result = {
         "comparisons": [compared("every measure of every query", "seconds", best["ours"], name, best[name]) for name in (*PEERS, "bare matrix product")],
         "largest difference of a measure of a query": {name: float(f"{difference:.1e}") for name, difference in differences.items()},
-        "scoring": found,
+        "what": found["what"], "scoring": found,
         "sample": f"{arguments.queries} queries of each language, three corpora and the pool",
     }
     write_result(__file__, result | entries(__file__, ["torch", "numba", "ir_measures", "pytrec_eval-terrier", "ranx"], arguments))

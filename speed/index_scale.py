@@ -144,7 +144,8 @@ def main():
 def write_results(results: dict, options):
     import faiss
 
-    found = {"comparisons": beside_exact(results)} | results | entries(__file__, ["faiss-cpu", "numpy", "torch"], options)
+    unused = ("folder", "rows", "dim") if options.corpus else ("folder",)
+    found = {"comparisons": beside_exact(results)} | results | entries(__file__, ["faiss-cpu", "numpy", "torch"], options, unused)
     found["machine"] |= {"faiss threads": faiss.omp_get_max_threads()}
     name = "" if options.rows == ROWS and not options.corpus else f"_{options.corpus or options.rows}"
     write_result(__file__, found, f"index_scale{name}")
