@@ -56,6 +56,9 @@ reports: $(STAMP)
 
 speed: $(STAMP)
 	for script in speed/*.py; do $(BIN)/python $$script || exit 1; done
+	$(BIN)/python speed/evaluation.py --xm3600
+	$(BIN)/python speed/index_scale.py --rows 200000 --factories Flat HNSW32 IVF1024,Flat IVF1024,PQ48 OPQ48,IVF1024,PQ96
+	$(BIN)/python speed/index_scale.py --corpus xquad_r --factories Flat HNSW32 IVF128,Flat IVF128,PQ64 --training-rows 13014
 
 faults: $(STAMP)
 	HYBRID_IR_FAULTS=reports/faults.json HYBRID_IR_LONG=1 HYBRID_IR_FUZZ=1250 $(BIN)/python -m pytest tests/test_faults.py tests/test_fuzz.py

@@ -14,32 +14,48 @@ from pathlib import Path
 import numpy as np
 
 
-def entries(script: str, packages: list[str], options: argparse.Namespace, leave_out: tuple[str, ...] = ("folder", "keep")) -> dict:
-    "Machine, versions and command of a measurement; places on this machine are left out of the command."
+INSTRUCTIONS = ("avx2", "avx512_f", "avx512_bf16", "amx_bf16")  # that decide how fast products of matrices are
+
+
+def machine() -> dict:
+    "The processor and what it can do: its name alone is often no more than a brand."
     import torch
 
+    from hybrid_ir.encoders import has_fast_bf16
     from hybrid_ir.experiment import processor_name
 
-    given = {name.replace("_", "-"): value for name, value in vars(options).items() if name not in leave_out}
-    words = [f"--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}" for name, value in given.items()]
+    found = torch.cpu.get_capabilities()
     return {
-        "machine": {"processor": processor_name(), "threads": torch.get_num_threads(), "system": platform.system()},
-        "versions": {name: version(name) for name in [*packages, "hybrid_ir"]},
-        "command": " ".join([f"python speed/{Path(script).name}", *words]),
-    }
+        "processor": processor_name(), "instructions": [name for name in INSTRUCTIONS if found.get(name)], "bf16 in hardware": has_fast_bf16(torch.device("cpu")),
+        "threads": torch.get_num_threads(), "system": platform.system(),
+    }  # fmt: skip
+
+
+def option_words(name: str, value) -> str:
+    "An option as it is written in a command; nothing for one that is not set."
+    if value in (False, "", None):
+        return ""
+    return f"--{name.replace('_', '-')} {'' if value is True else ' '.join(map(str, value)) if isinstance(value, list) else value}".strip()
+
+
+def entries(script: str, packages: list[str], options: argparse.Namespace, leave_out: tuple[str, ...] = ("folder", "keep", "into")) -> dict:
+    "Machine, versions and command of a measurement; places on this machine are left out of the command."
+    words = [option_words(name, value) for name, value in vars(options).items() if name not in leave_out]
+    return {"machine": machine(), "versions": {name: version(name) for name in [*packages, "hybrid_ir"]}, "command": " ".join([f"python speed/{Path(script).name}", *filter(None, words)])}
 
 
 def compared(work: str, unit: str, ours: float, name: str, peer: float) -> dict:
-    "A measurement beside that of a peer. The ratio says how many times as fast ours is; units are seconds, or so many per second."
-    ratio = peer / ours if unit == "seconds" else ours / peer
+    "A measurement beside that of a peer. The ratio says how many times as good ours is: of what comes per second the more is better, of time and memory the less."
+    ratio = ours / peer if unit.endswith("per second") else peer / ours
     return {"work": work, "unit": unit, "ours": float(f"{ours:.4g}"), "peer": float(f"{peer:.4g}"), "name of the peer": name, "ratio": round(ratio, 2)}
 
 
-def write_result(script: str, result):
-    "Write speed/results/<name of the script>.json and print it."
+def write_result(script: str, result: dict, name: str = ""):
+    "Write speed/results/<name, or that of the script>.json and print it."
     from hybrid_ir.sources import write_json
 
-    target = Path(script).resolve().parent / "results" / f"{Path(script).stem}.json"
+    assert result.keys() >= {"comparisons", "machine", "versions", "command"}
+    target = Path(script).resolve().parent / "results" / f"{name or Path(script).stem}.json"
     target.parent.mkdir(exist_ok=True)
     write_json(target, result)
     print(json.dumps(result, indent=1, ensure_ascii=False))
@@ -63,12 +79,12 @@ def forget_peak():
 
 
 def watched(function, arguments: tuple) -> dict:
-    "Call a function; its seconds, and the memory of the process at its highest. What it returns, if anything, is added."
+    "Call a function; its seconds, those of the processor, and the memory of the process at its highest. What it returns, if anything, is added."
     import hybrid_ir.index  # noqa: F401  the libraries are loaded before the clock starts
 
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), time.process_time()
     found = function(*arguments)
-    return {"seconds": round(time.perf_counter() - started, 2), "peak_memory_gib": round(memory(), 2)} | (found or {})
+    return {"seconds": round(time.perf_counter() - started, 2), "cpu seconds": round(time.process_time() - cpu_started, 2), "peak_memory_gib": round(memory(), 2)} | (found or {})
 
 
 def measure(function, *arguments, start: str = "spawn") -> dict:

@@ -1,8 +1,8 @@
 """What a training step needs: all activations in memory at once, or the gradients of the vectors cached and the texts computed again, portion by portion.
 
-    python speed/gradient_caching.py [--plain 32 128] [--cached 128 1024] [--peer 128] [--portion 32] [--length 32]
+    python speed/gradient_caching.py [--plain 32 128] [--cached 128 1024] [--peer 128] [--portion 4] [--length 32]
 
-The encoder is me5-small-q4, the pairs are those of `training_and_encoding.py`; sentence-transformers does the cached step with the same weights, batch and texts at a time.
+The encoder is me5-small-q4, the pairs are those of `training_and_encoding.py`; sentence-transformers does the cached step with the same weights, precision, batch and texts at a time.
 Each step runs in a process of its own, a copy of one that has loaded the encoder, on one thread, and its seconds are those of the processor, so that other work on the machine counts little. Memory is resident memory:
 after loading, and at its highest. Needs the data folder (HYBRID_IR_DATA). Writes speed/results/gradient_caching.json.
 """
@@ -18,19 +18,19 @@ import torch
 from _entries import compared, entries, forget_peak, measure, memory, write_result
 from training_and_encoding import TEMPERATURE, complete_pairs, peer_training
 
-from hybrid_ir.encoders import load_encoder
+from hybrid_ir.encoders import choose_precision, load_encoder
 from hybrid_ir.samplers import BatchSampler
 from hybrid_ir.training import Trainer, training_options
 
-ENCODER = load_encoder("me5-small-q4", device="cpu", precision="fp32")
-PAIRS = 1280  # to draw from, in nine languages: the same for all, because word embeddings in use need memory, too
+ENCODER = load_encoder("me5-small-q4", device="cpu", precision="auto")
+PAIRS = complete_pairs(1280)  # to draw from, in nine languages: the same for all, because word embeddings in use need memory, too
 
 
 def our_step(batch_size: int, portion: int | None, length: int) -> dict:
     "One step of our trainer; `portion`: pairs whose activations are in memory at once."
     ENCODER.config = replace(ENCODER.config, query_length=length, passage_length=length)
     options = training_options(sampler="hybrid", batch_size=batch_size, mini_batch_size=portion, steps=1, temperature=TEMPERATURE, heldout=0)
-    trainer = Trainer(ENCODER, complete_pairs(PAIRS), options, None, False)
+    trainer = Trainer(ENCODER, PAIRS, options, None, False)
     forget_peak()
     loaded, started = memory("VmRSS"), time.process_time()
     trainer.step()
@@ -40,16 +40,16 @@ def our_step(batch_size: int, portion: int | None, length: int) -> dict:
 def peer_step(batch_size: int, portion: int, length: int) -> dict:
     "One step of sentence-transformers' trainer with cached gradients, once our copy of the weights is gone."
     global ENCODER
-    pairs = complete_pairs(PAIRS)
+    bf16 = choose_precision(ENCODER.precision) == "bf16"
     with tempfile.TemporaryDirectory() as folder:
         ENCODER.save(folder)
-        batch = BatchSampler(pairs, "hybrid", batch_size=batch_size).next_batch()
+        batch = BatchSampler(PAIRS, "hybrid", batch_size=batch_size).next_batch()
         forget_peak()
         loaded = memory("VmRSS")
         ENCODER = None  # in this process only: the next step starts from the one that keeps it
         gc.collect()
         forget_peak()
-        seconds = peer_training(folder, pairs, [batch], cached=2 * portion, length=length, clock=time.process_time)  # our portions hold questions and passages, theirs one of them
+        seconds = peer_training(folder, PAIRS, [batch], bf16, cached=2 * portion, length=length, clock=time.process_time)  # our portions hold questions and passages, theirs one of them
     return {"seconds a pair": round(seconds / batch_size, 4), "loaded_gib": round(loaded, 2)}
 
 
@@ -58,18 +58,22 @@ def main():
     parser.add_argument("--plain", type=int, nargs="*", default=[32, 128], help="batch sizes with all activations in memory")
     parser.add_argument("--cached", type=int, nargs="*", default=[128, 1024], help="batch sizes with cached gradients")
     parser.add_argument("--peer", type=int, default=128, help="one of them, for sentence-transformers")
-    parser.add_argument("--portion", type=int, default=32, help="pairs whose activations are in memory at once")
+    parser.add_argument("--portion", type=int, default=4, help="pairs whose activations are in memory at once")
     parser.add_argument("--length", type=int, default=32, help="tokens of a text at most")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    steps = [{"step": "plain", "batch": size} | measure(our_step, size, None, options.length, start="fork") for size in options.plain]
-    steps.append({"step": "cached, sentence-transformers", "batch": options.peer} | measure(peer_step, options.peer, options.portion, options.length, start="fork"))
-    steps += [{"step": "cached", "batch": size} | measure(our_step, size, options.portion, options.length, start="fork") for size in options.cached]
+    calls = [("plain", our_step, size, None) for size in options.plain] + [("cached, sentence-transformers", peer_step, options.peer, options.portion)]
+    calls += [("cached", our_step, size, options.portion) for size in options.cached]
+    steps = [{"step": name, "batch": size} | measure(step, size, portion, options.length, start="fork") for name, step, size, portion in calls]
     for step in steps:
-        step.pop("seconds")  # with loading
-    ours, peer = next(step for step in steps if step["step"] == "cached" and step["batch"] == options.peer), steps[len(options.plain)]
-    work, seconds = f"a step of {options.peer} pairs, {options.portion} at a time", [step["seconds a pair"] * options.peer for step in (ours, peer)]
-    result = {"steps": steps, "portion": options.portion, "length": options.length, "comparisons": [compared(work, "seconds", seconds[0], "sentence-transformers, cached gradients", seconds[1])]}
+        step.pop("seconds"), step.pop("cpu seconds")  # with loading
+    ours, peer = (next(step for step in steps if step["step"] == name and step["batch"] == options.peer) for name in ("cached", "cached, sentence-transformers"))
+    work, name = f"a step of {options.peer} pairs, {options.portion} at a time", "sentence-transformers, cached gradients"
+    comparisons = [
+        compared(work, "seconds", options.peer * ours["seconds a pair"], name, options.peer * peer["seconds a pair"]),
+        compared(work, "GiB on top of what was loaded", ours["peak_memory_gib"] - ours["loaded_gib"], name, peer["peak_memory_gib"] - peer["loaded_gib"]),
+    ]
+    result = {"comparisons": comparisons, "steps": steps, "portion": options.portion, "length": options.length, "precision": choose_precision(ENCODER.precision)}
     write_result(__file__, result | entries(__file__, ["torch", "transformers", "sentence-transformers"], options))
 
 

@@ -3,7 +3,8 @@
     python speed/growth.py [--languages 2 4 8 11] [--pools 1000 10000 100000] [--batches 8 32 128] [--portion 8]
 
 Every point is measured in a process of its own, a copy of one that has loaded the encoder, on one thread: seconds of the processor, so that other work on the machine counts little, and resident memory beyond what was loaded before.
-The slope is that of a straight line through logarithms: 1 is in proportion, 2 is with the square. Needs the data folder (HYBRID_IR_DATA). Writes speed/results/growth.json.
+The slope is that of a straight line through logarithms: 1 is in proportion, 2 is with the square. Memory has a part that is always there; `fixed` and `each` are those of a straight line without logarithms:
+MiB that do not depend on the size, and MiB for each one more. The encoder computes in fp32, so that figures of other machines can stand beside these. Needs the data folder (HYBRID_IR_DATA). Writes speed/results/growth.json.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import time
 
 import numpy as np
 import torch
-from _entries import entries, forget_peak, measure, memory, unit_vectors, write_result
+from _entries import compared, entries, forget_peak, measure, memory, unit_vectors, write_result
 from training_and_encoding import complete_pairs
 
 from hybrid_ir.benchmarks import BENCHMARKS, load_benchmark
@@ -65,6 +66,15 @@ def slope(points: list[dict], what: str) -> float:
     return round(float(np.polyfit(np.log([point["size"] for point in points]), np.log([point[what] for point in points]), 1)[0]), 2)
 
 
+def line(points: list[dict]) -> dict:
+    "MiB that are always needed, and MiB for each one more: the straight line with the least squares, of which neither is below 0."
+    sizes, mib = (np.array([point[name] for point in points], dtype=float) for name in ("size", "mib"))
+    each, fixed = np.polyfit(sizes, mib, 1)
+    if fixed < 0:
+        each, fixed = sizes @ mib / (sizes @ sizes), 0.0
+    return {"fixed": round(float(fixed), 1), "each": float(f"{each:.3g}")}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--languages", type=int, nargs="+", default=[2, 4, 8, 11])
@@ -81,8 +91,10 @@ def main():
     curves = []
     for (what, against), calls in plans.items():
         points = [{"size": call[1]} | measure(*call, start="fork") for call in calls]
-        curves.append({"what": what, "against": against, "slope of time": slope(points, "cpu seconds"), "slope of memory": slope(points, "mib"), "points": points})
-    write_result(__file__, {"queries of the ranking": QUERIES, "curves": curves} | entries(__file__, ["torch", "transformers", "numba"], options))
+        curves.append({"what": what, "against": against, "slope of time": slope(points, "cpu seconds"), "slope of memory": slope(points, "mib"), "line of memory": line(points), "points": points})
+    plain, cached = (curve["points"][-1] for curve in curves[2:])
+    comparisons = [compared(f"memory of a training step of {plain['size']} pairs, cached", "MiB", cached["mib"], "plain", plain["mib"])]
+    write_result(__file__, {"comparisons": comparisons, "queries of the ranking": QUERIES, "curves": curves} | entries(__file__, ["torch", "transformers", "numba"], options))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
 
 The texts are generated ("passage 17 in de ..."), one id in fifty shares its passage with its neighbour, and four ids make a page. Each step runs in
 a process of its own. Reported are seconds and the peak of anonymous memory: what the process needs beyond mapped files, which the system
-may drop at any time. Writes speed/results/pairs_scale.json; the set (180 bytes a row) and its index are made below --folder and removed in the end.
+may drop at any time. The peer is the sampler of sentence-transformers that keeps equal texts apart, on the same texts. Then me5-small-q4 is trained on real pairs for some steps, their tokens
+once in memory and once computed batch by batch, as for a set of this size: does the training wait for them? Needs the data folder (HYBRID_IR_DATA). Writes speed/results/pairs_scale.json; the set (180 bytes a row) and its index are made below --folder and removed in the end.
 """
 
 import argparse
@@ -15,10 +16,10 @@ import time
 from pathlib import Path
 
 import numpy as np
-from _entries import entries, measure, memory, write_result
+from _entries import compared, entries, measure, memory, write_result
 
 LANGUAGES = ["ar", "de", "en", "es", "fr", "hi", "ru", "th", "zh"]
-SAMPLERS, BATCHES = ("mono", "cross", "hybrid", "mixed"), 2000
+SAMPLERS, BATCHES, BATCH = ("english", "mixed", "mono", "cross", "hybrid"), 2000, 100
 
 
 def write_set(folder: Path, rows: int):
@@ -72,7 +73,7 @@ def sample(folder, rows) -> dict:
     found = {}
     for name in SAMPLERS:
         started = time.perf_counter()
-        sampler = BatchSampler(train, name, batch_size=100)
+        sampler = BatchSampler(train, name, batch_size=BATCH)
         made = time.perf_counter()
         for _ in range(BATCHES):
             sampler.next_batch()
@@ -84,13 +85,64 @@ def sample(folder, rows) -> dict:
         assert np.array_equal(sampler.next_batch(), expected)
         resumed = time.perf_counter()
         found[name] = {"making": round(made - started, 3), "batches a second": round(BATCHES / (drawn - made)), "resuming": round(resumed - saved, 4)}
-    train.table[[0]]
+    return {"samplers": found, "texts of a batch": texts_of_a_batch(train, sampler)}
+
+
+def texts_of_a_batch(train, sampler, count: int = 20) -> dict:
+    "Seconds to read the questions of a batch that nothing has read before: from rows with all their columns, and from the column of questions."
+    found, tables = {}, {"all columns": train.table, "one column": train.table.select_columns(["query"])}
+    for name, table in tables.items():
+        batches = [sampler.next_batch()[:, 0].tolist() for _ in range(count)]
+        started = time.perf_counter()
+        assert all(len(table[rows]["query"]) == BATCH for rows in batches)
+        found[name] = round((time.perf_counter() - started) / count, 4)
+    return found
+
+
+def peer(folder, rows, count: int = 20) -> dict:
+    "The same batches a second from the sampler of sentence-transformers, and how long it takes to begin."
+    from datasets import Dataset
+    from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
+    from torch import Generator
+
+    data = Dataset.from_file(str(folder / "rows.arrow")).select_columns(["query", "passage"])
     started = time.perf_counter()
-    for _ in range(20):
-        batch = sampler.next_batch()
-        assert len(train.table[batch[:, 0].tolist()]["query"]) == 100
-    found["texts of a batch"] = round((time.perf_counter() - started) / 20, 4)
-    return {"samplers": found}
+    batches = iter(NoDuplicatesBatchSampler(data, BATCH, True, generator=Generator()))
+    next(batches)
+    made = time.perf_counter()
+    for _ in range(count):
+        next(batches)
+    return {"making": round(made - started, 3), "batches a second": round(count / (time.perf_counter() - made), 1)}
+
+
+def streaming(steps: int, table_rows: int) -> dict:
+    "Steps of training on one thread: seconds of each, and of waiting for tokens; sets of more than `table_rows` rows are tokenised batch by batch."
+    import torch
+    from training_and_encoding import complete_pairs
+
+    from hybrid_ir import training
+    from hybrid_ir.encoders import load_encoder
+
+    torch.set_num_threads(1)
+    training.TABLE_ROWS = table_rows
+    pairs, encoder = complete_pairs(), load_encoder("me5-small-q4", device="cpu", passage_length=64)
+    trainer = training.Trainer(encoder, pairs, training.training_options(sampler="hybrid", batch_size=32, steps=2 * steps, heldout=0), None, False)
+    waited, take = [], trainer.feed.next
+
+    def timed(more: bool):
+        started = time.perf_counter()
+        batch = take(more)
+        waited.append(time.perf_counter() - started)
+        return batch
+
+    trainer.feed.next = timed
+    trainer.step()  # for its batch everybody waits
+    started = time.perf_counter()
+    for _ in range(steps):
+        trainer.step()
+    taken = time.perf_counter() - started
+    trainer.feed.close()
+    return {"seconds a step": round(taken / steps, 3), "waiting a step": round(sum(waited[1:]) / steps, 5), "of the first step": round(waited[0], 4)}
 
 
 def with_peak(step, folder, rows) -> dict:
@@ -112,6 +164,7 @@ def with_peak(step, folder, rows) -> dict:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=40_000_000)
+    parser.add_argument("--steps", type=int, default=8, help="of training, with the tokens in memory and without")
     parser.add_argument("--folder", type=Path, default=Path("pairs_scale"))
     parser.add_argument("--keep", action="store_true", help="leave the set in its folder, for another run")
     options = parser.parse_args()
@@ -126,8 +179,12 @@ def main():
     for name, step in {"opening, the first time": open_only, "opening": open_only, "splitting, the first time": split_only, "splitting": split_only}.items():
         results[name] = measure(with_peak, step, options.folder, rows)
     results["sampling"] = measure(with_peak, sample, options.folder, rows)
+    results["sampling, sentence-transformers"] = measure(with_peak, peer, options.folder, rows)
+    results["training"] = {"tokens in memory": measure(streaming, options.steps, rows), "tokenised batch by batch": measure(streaming, options.steps, 0)}
     results["bytes"] = {"texts": (options.folder / "rows.arrow").stat().st_size, "indexes": sum(path.stat().st_size for path in options.folder.rglob("*.npy"))}
-    write_result(__file__, results | entries(__file__, ["numpy", "pyarrow", "datasets"], options))
+    theirs = results["sampling, sentence-transformers"]["batches a second"]
+    comparisons = [compared(f"{name} batches of {BATCH}", "batches per second", found["batches a second"], "sentence-transformers, NoDuplicatesBatchSampler", theirs) for name, found in results["sampling"]["samplers"].items()]
+    write_result(__file__, {"comparisons": comparisons} | results | entries(__file__, ["numpy", "pyarrow", "datasets", "sentence-transformers"], options))
     if not options.keep:
         shutil.rmtree(options.folder)
 

@@ -1,18 +1,20 @@
 """The paper's two architectures at full size, random weights, a few hybrid steps: memory and speed.
 
-`python speed/paper_encoders.py` writes speed/results/paper_encoders.json. Random weights take the same time and memory as
-trained ones; `papermill nbs/run.ipynb OUT.ipynb -p encoder xlm-roberta-base ...` is the same path with the real ones.
+    python speed/paper_encoders.py [--steps 3] [--query-length 32] [--passage-length 64] [--peer-steps 1]
+    python speed/paper_encoders.py --steps 2 --query-length 64 --passage-length 256 --peer-steps 0
+
+Random weights take the same time and memory as trained ones; `papermill nbs/run.ipynb OUT.ipynb -p encoder xlm-roberta-base ...` is the same path with the real ones.
+sentence-transformers does the same steps (--peer-steps of them, 0 for none) in the same precision. Every run is a process of its own. Seconds are those of the clock: run this alone.
+Needs the data folder (HYBRID_IR_DATA). Writes speed/results/paper_encoders.json; with passages of more than 64 tokens, their number is added to the name.
 """
 
 import argparse
-import multiprocessing
-import platform
-import resource
+import os
 import tempfile
-import time
 from pathlib import Path
 
-from _entries import entries, write_result
+import torch
+from _entries import compared, entries, measure, memory, write_result
 
 ARCHITECTURES = {  # sizes as in the configurations that their authors published
     "xlm-roberta-base": dict(kind="XLMRoberta", vocab_size=250_002, max_position_embeddings=514, type_vocab_size=1),
@@ -23,7 +25,6 @@ SIZES = dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, inte
 
 def make_folder(name: str, folder: Path):
     "A folder as the hub has it: the architecture with random weights, and a tokenizer of XLM-R's kind."
-    import torch
     import transformers
 
     from hybrid_ir.encoders import load_me5_small_q4
@@ -36,30 +37,34 @@ def make_folder(name: str, folder: Path):
     load_me5_small_q4()[1].save_pretrained(folder)
 
 
-def measure(name: str, steps: int, batch_size: int, query_length: int, passage_length: int, results):
-    "Train for a few steps; in a process of its own, so that its memory is its own."
-    import torch
+def our_steps(folder: Path, batch_size: int, steps: int, lengths: tuple[int, int]) -> dict:
+    "Train for a few steps."
+    from training_and_encoding import complete_pairs
 
-    from hybrid_ir.encoders import has_fast_bf16, load_encoder
-    from hybrid_ir.pairs import load_pairs
+    from hybrid_ir.encoders import choose_precision, load_encoder
     from hybrid_ir.training import train
 
-    with tempfile.TemporaryDirectory() as folder:
-        make_folder(name, Path(folder))
-        loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        pairs = load_pairs("parallel_docs", languages=["ar", "de", "en", "es", "hi", "ru", "th", "tr", "zh"])
-        encoder = load_encoder(folder, query_length=query_length, passage_length=passage_length)
-        size = sum(parameter.numel() for parameter in encoder.parameters())
-        embeddings = encoder.backbone.get_input_embeddings().weight.numel()
-        result = train(encoder, pairs, progress=True, sampler="hybrid", batch_size=batch_size, steps=steps, heldout=0.0, dropout=0.0)
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"
-        gpu_memory = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
-    results.put({
-        "encoder": name, "parameters": size, "word_embeddings": embeddings, "batch_size": batch_size, "query_length": query_length, "passage_length": passage_length, "steps": steps,
-        "pairs_per_second": round(result.pairs_per_second, 2), "seconds_per_step": round(batch_size / result.pairs_per_second, 1), "losses": [round(loss, 3) for loss in result.log["loss"]],
-        "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2), "gpu_memory_gib": gpu_memory, "memory_after_loading_gib": round(loaded / 2**20, 2),
-        "device": device, "threads": torch.get_num_threads(), "precision": "bf16" if has_fast_bf16(encoder.device) else "fp32", "torch": torch.__version__,
-    })  # fmt: skip
+    pairs, encoder = complete_pairs(2 * batch_size), load_encoder(str(folder), query_length=lengths[0], passage_length=lengths[1])
+    size, embeddings = sum(parameter.numel() for parameter in encoder.parameters()), encoder.backbone.get_input_embeddings().weight.numel()
+    loaded = memory("VmRSS")
+    result = train(encoder, pairs, progress=False, sampler="hybrid", batch_size=batch_size, steps=steps, heldout=0.0, dropout=0.0)
+    return {
+        "parameters": size, "word_embeddings": embeddings, "memory_after_loading_gib": round(loaded, 2), "threads": torch.get_num_threads(), "pairs_per_second": round(result.pairs_per_second, 2), "seconds_per_step": round(batch_size / result.pairs_per_second, 1),
+        "losses": [round(loss, 3) for loss in result.log["loss"]], "gpu_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if torch.cuda.is_available() else None,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", "precision": choose_precision(encoder.precision, encoder.device),
+    }  # fmt: skip
+
+
+def peer_steps(folder: Path, batch_size: int, steps: int, length: int, precision: str) -> dict:
+    "The same by sentence-transformers' trainer; it has one length for both kinds of text."
+    from training_and_encoding import complete_pairs, peer_training
+
+    from hybrid_ir.samplers import BatchSampler
+
+    pairs = complete_pairs(2 * batch_size)
+    sampler = BatchSampler(pairs, "hybrid", batch_size=batch_size)
+    seconds = peer_training(str(folder), pairs, [sampler.next_batch() for _ in range(steps)], precision == "bf16", length=length)
+    return {"pairs_per_second": round(batch_size * steps / seconds, 2), "seconds_per_step": round(seconds / steps, 1)}
 
 
 def main():
@@ -68,19 +73,23 @@ def main():
     parser.add_argument("--batch-size", type=int, default=100)
     parser.add_argument("--query-length", type=int, default=32)
     parser.add_argument("--passage-length", type=int, default=64)
+    parser.add_argument("--peer-steps", type=int, default=1)
     options = parser.parse_args()
-    found, context = [], multiprocessing.get_context("spawn")
+    found, comparisons = [], []
     for name in ARCHITECTURES:
-        started, results = time.time(), context.Queue()
-        process = context.Process(target=measure, args=(name, options.steps, options.batch_size, options.query_length, options.passage_length, results))
-        process.start()
-        process.join()
-        if process.exitcode:
-            raise SystemExit(f"{name} failed")
-        found.append(results.get())
-        print(f"{name}: {found[-1]['pairs_per_second']} pairs/s, {found[-1]['peak_memory_gib']} GiB, {time.time() - started:.0f} s in all", flush=True)
-    write_result(__file__, [record | {"unit": "pairs per second"} | entries(__file__, ["torch", "transformers"], options) for record in found])
+        with tempfile.TemporaryDirectory() as folder:
+            measure(make_folder, name, Path(folder))
+            ours = measure(our_steps, Path(folder), options.batch_size, options.steps, (options.query_length, options.passage_length))
+            found.append({"encoder": name, "batch_size": options.batch_size, "query_length": options.query_length, "passage_length": options.passage_length, "steps": options.steps} | ours)
+            if options.peer_steps:
+                peer = measure(peer_steps, Path(folder), options.batch_size, options.peer_steps, options.passage_length, ours["precision"])
+                who = f"sentence-transformers {ours['precision']}"
+                comparisons.append(compared(f"training {name}", "pairs per second", ours["pairs_per_second"], who, peer["pairs_per_second"]))
+                comparisons.append(compared(f"training {name}, memory", "GiB", ours["peak_memory_gib"], who, peer["peak_memory_gib"]))
+        name = f"paper_encoders_{options.passage_length}" if options.passage_length > 64 else ""
+        write_result(__file__, {"comparisons": comparisons, "encoders": found} | entries(__file__, ["torch", "transformers", "sentence-transformers"], options), name)
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     main()

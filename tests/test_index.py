@@ -297,18 +297,32 @@ def test_killed_build_goes_on_and_finds_the_same(tmp_path, questions):
 
 
 def test_index_is_mapped_and_may_move(tmp_path, questions):
-    vectors = generated(tmp_path / "here")
-    rows = {factory: build_index(vectors, factory, progress=False).search(questions[0], 5)[0] for factory in ("IVF16,Flat", "Flat")}
+    vectors, files = generated(tmp_path / "here"), {"IVF16,Flat": "lists.ivfdata", "Flat": "index.faiss", "HNSW8": "index.faiss", "SQ8": "index.faiss"}
+    rows = {factory: build_index(vectors, factory, progress=False).search(questions[0], 5)[0] for factory in files}
     (tmp_path / "here").rename(tmp_path / "there")
     for factory, expected in rows.items():
         moved = FaissIndex(index_folder(Vectors(tmp_path / "there"), factory))
         assert np.array_equal(moved.search(questions[0], 5)[0], expected)
-    if sys.platform == "linux":
-        mapped = Path("/proc/self/maps").read_text()
-        assert str(tmp_path / "there" / "indexes" / "Flat" / "index.faiss") in mapped
-    lists = FaissIndex(index_folder(Vectors(tmp_path / "there"), "IVF16,Flat"))
-    if sys.platform == "linux":
-        assert str(lists.folder / "lists.ivfdata") in Path("/proc/self/maps").read_text()
+        if sys.platform == "linux":
+            assert str(moved.folder / files[factory]) in Path("/proc/self/maps").read_text()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("factory", ["HNSW32", "Flat"])
+def test_mapped_index_needs_no_memory_of_its_own(tmp_path, factory):
+    "Vectors and graph stay in the file: opening and searching in a fresh process adds less than a quarter of its bytes."
+    found = build_index(generated(tmp_path, 4_000, 256), factory, progress=False)
+    script = f"""
+import re, numpy as np
+from pathlib import Path
+from hybrid_ir.index import FaissIndex
+own = lambda: 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+before = own()
+FaissIndex({str(found.folder)!r}).search(np.ones((1, 256), np.float32))
+print(own() - before)
+"""
+    taken = int(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()[-1])
+    assert taken < found.bytes / 4, (taken, found.bytes)
 
 
 def test_index_of_other_vectors_is_refused(tmp_path):
