@@ -16,7 +16,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from _entries import entries, write_result
+from _entries import compared, entries, write_result
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from training_and_encoding import BATCH, LENGTH, complete_pairs, hybrid_options, sample_texts
@@ -297,6 +297,7 @@ def main():
     used = list(peaks)[-1]
     parts, rate = training_parts(pairs, options.steps)
     results = {
+        "comparisons": [compared("a training step", "operations per second", rate, f"one large product in {used}", peaks[used])],
         "milliseconds of a step": parts, "batch": BATCH, "precision": used, "operations a second": {"training": round(rate / 1e9, 1), **{f"one large product, {name}": round(peak / 1e9, 1) for name, peak in peaks.items()}},
         "share of the peak": round(rate / peaks[used], 2), "training": tried_in_training(pairs, options.rounds), "encoding": tried_in_encoding(texts, options.rounds, peaks), "texts": len(texts),
         "padding of a collection": padding_of_a_collection(),
