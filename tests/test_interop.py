@@ -168,7 +168,7 @@ def random_use_encoder() -> Encoder:
     torch.manual_seed(0)
     tokenizer = bert_tokenizer()
     backbone = UseModel(UseConfig(vocab_size=len(tokenizer), hidden_size=32, branch_size=16, dense_size=24, pad_token_id=0))
-    return Encoder(backbone.eval(), tokenizer, EncoderConfig("use-multilingual-v3", "pooler", "", "", 16, 64))
+    return Encoder(backbone.eval(), tokenizer, EncoderConfig("use-multilingual-v3", "pooler", "", "", 16, 64), "fp32")
 
 
 @pytest.mark.parametrize("kind", ["bert mean", "bert cls", "bert pooler", "xlm-roberta mean", "use"])
@@ -188,10 +188,10 @@ def test_an_exported_folder_gives_the_same_vectors(kind, tmp_path, tiny_folder, 
     short = ["Mond", "luna", "ay", "rain"]
     assert max(map(len, encoder.tokenize(short, "query"))) < encoder.config.query_length
     assert np.abs(model.encode(short, prompt_name="query") - encoder.encode(short, "query")).max() < 1e-5
-    again = load_encoder(str(folder), device="cpu")
+    again = load_encoder(str(folder), device="cpu", precision="fp32")
     assert again.config == encoder.config and np.array_equal(again.encode(texts), encoder.encode(texts))
     (folder / "hybrid_ir.json").unlink()
-    back = from_sentence_transformer(str(folder), device="cpu")
+    back = from_sentence_transformer(str(folder), device="cpu", precision="fp32")
     assert back.config.pooling == encoder.config.pooling and np.abs(back.encode(texts, "passage") - encoder.encode(texts, "passage")).max() < 1e-6
 
 
