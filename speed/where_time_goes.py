@@ -148,7 +148,8 @@ def trainers(pairs) -> dict[str, training.Trainer]:
         found["plain"] = make_trainer(pairs)
     with mock.patch.object(training, "TABLE_ROWS", 0):  # no table of tokens, so no small table of word embeddings
         found["stream"] = make_trainer(pairs)
-    with mock.patch("torch.optim.AdamW", lambda *given, fused, **options: torch.optim.adamw.AdamW(*given, **options)):
+    usual = torch.optim.AdamW
+    with mock.patch("torch.optim.AdamW", lambda *given, fused, **options: usual(*given, foreach=True, **options)):
         found["loops"] = make_trainer(pairs)
     return found
 
