@@ -9,7 +9,6 @@ Needs the data folder (HYBRID_IR_DATA). Writes speed/results/where_time_goes.jso
 """
 
 import argparse
-import ctypes
 import os
 import time
 from unittest import mock
@@ -177,8 +176,6 @@ def tried_in_training(pairs, rounds: int) -> list[dict]:
     ]  # fmt: skip
     if has_fast_bf16(CPU):
         rows.append(variant("bf16 between the layers, too", 1 / (1 - casts), f"at most: conversions take {casts:.0%}", found["half"].step, "no: gradients less exact"))
-    if hasattr(ctypes.CDLL(None), "mallopt"):
-        rows.append(variant("freed memory is kept (the environment variables MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_)", 1.0, "", keeping_memory(found["usual"].step), "the user's choice"))
     results = measured(rows, rounds)
     for trainer in found.values():
         trainer.feed.close()
@@ -190,22 +187,6 @@ def no_attention_dropout(trainer: training.Trainer):
     for layer in trainer.encoder.backbone.encoder.layer:
         layer.attention.self.dropout.p = 0.0
     return trainer.step
-
-
-def keeping_memory(step):
-    "A step with an allocator that gives no memory back (glibc's mallopt), and then the usual one again."
-    libc, (trim, mmap) = ctypes.CDLL(None), (-1, -3)
-
-    def run():
-        libc.mallopt(trim, 2**31 - 1), libc.mallopt(mmap, 2**30)
-        try:
-            return step()
-        finally:
-            libc.mallopt(trim, 2**17), libc.mallopt(mmap, 2**17)
-            libc.malloc_trim(0)
-
-    step()
-    return run
 
 
 def padding_of_a_collection() -> dict:

@@ -181,7 +181,7 @@ def test_formulas_are_drawn_without_a_network(browser, address):
     assert font and "error" not in font
 
 
-SEARCHES = {"hybrid": "samplers.html", "rank_distance": "metrics.html", "gradient caching": "training.html", "load_benchmark": "benchmarks.html"}
+SEARCHES = {"rank_distance": "metrics.html", "gradient caching": "training.html", "load_benchmark": "benchmarks.html"}
 
 
 @pytest.mark.parametrize(("words", "page"), SEARCHES.items())
