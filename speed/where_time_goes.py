@@ -22,7 +22,7 @@ from training_and_encoding import BATCH, LENGTH, complete_pairs, hybrid_options,
 
 from hybrid_ir import training
 from hybrid_ir.benchmarks import load_benchmark
-from hybrid_ir.encoders import autocast, has_fast_bf16, length_chunks, load_encoder
+from hybrid_ir.encoders import autocast, choose_precision, has_fast_bf16, length_chunks, load_encoder
 
 CPU = torch.device("cpu")
 
@@ -214,21 +214,19 @@ def int8_gain(rounds: int, precision: str) -> float:
 def encoding_variants(texts: list[str], rounds: int, peaks: dict[str, float]) -> list[dict]:
     "What was tried for encoding."
     usual, fp32, quantised, compiled, whole = (load_encoder("me5-small-q4", device="cpu", precision=precision, passage_length=LENGTH) for precision in ("auto", "fp32", "fp32", "auto", "fp32"))
-    precision = "bf16" if has_fast_bf16(CPU) else "fp32"
+    precision = choose_precision("auto", CPU)
     quantised.backbone = torch.ao.quantization.quantize_dynamic(quantised.backbone, {torch.nn.Linear}, dtype=torch.qint8)
     compiled.backbone.compile(dynamic=True)
     whole.backbone.bfloat16()
     tokens = usual.tokenize(texts, "passage", LENGTH)
     lengths = np.array([len(text) for text in tokens])
-    computed = {budget: padded_tokens(tokens, length_chunks(lengths, budget)) for budget in (2048, 16_384)}
+    chunks = length_chunks(lengths, 2048)
 
-    def padded(encoder, budget: int = 2048):
+    def padded(encoder) -> np.ndarray:
         "Texts in rectangles, through the network of transformers."
-        with torch.inference_mode(), autocast(CPU, choose(encoder)):
-            return torch.cat([encoder(*encoder.pad([tokens[row] for row in chunk])) for chunk in length_chunks(lengths, budget)]).float().numpy()[np.argsort(np.concatenate(length_chunks(lengths, budget)))]
-
-    def choose(encoder) -> str:
-        return precision if encoder.precision == "auto" else "fp32"
+        with torch.inference_mode(), autocast(CPU, choose_precision(encoder.precision, CPU)):
+            vectors = [encoder(*encoder.pad([tokens[row] for row in chunk])) for chunk in chunks]
+        return torch.cat(vectors).float().numpy()[np.argsort(np.concatenate(chunks))]
 
     def with_budget(budget: int):
         encoder = load_encoder("me5-small-q4", device="cpu", passage_length=LENGTH)
@@ -239,7 +237,7 @@ def encoding_variants(texts: list[str], rounds: int, peaks: dict[str, float]) ->
     products, elsewhere = share_of(found, "addmm", "aten::mm", "bmm", "attention"), share_of(found, "copy_", "gelu", "aten::add")
     slow = share_of(shares(lambda: padded(fp32)), "addmm", "aten::mm")
     weights, gain = share_of(found, "addmm", "aten::mm"), int8_gain(rounds, precision)
-    saved = lengths.sum() / computed[2048]
+    saved = lengths.sum() / padded_tokens(tokens, chunks)
     rows = [variant("as it is", 1.0, "", lambda: usual.encode(texts, "passage", progress=False), "yes")]
     if precision == "bf16":
         rows += [
