@@ -183,24 +183,36 @@ def pad(self: Encoder, token_lists: list[np.ndarray]) -> tuple[torch.Tensor, tor
         input_ids[row, : len(tokens)], attention_mask[row, : len(tokens)] = tokens, 1
     return torch.from_numpy(input_ids).to(self.device), torch.from_numpy(attention_mask).to(self.device)
 
+# %% ../nbs/03_encoders.ipynb #92ef5b4f
+@patch
+def packs(self: Encoder) -> bool:
+    "Whether texts go through the network without padding, here and now: `autocast` decides it, too."
+    in_bf16 = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    return self.device.type == "cpu" and in_bf16 and self.config.pooling != "pooler" and can_be_packed(self.backbone)
+
+
+@patch
+def chunks(self: Encoder, token_lists: list[np.ndarray], token_budget: int | None = None) -> list[np.ndarray]:
+    "Row numbers of texts that go through the network together."
+    return length_chunks(np.array([len(tokens) for tokens in token_lists]), token_budget or self.token_budget, None if self.packs() else self.padding_budget)
+
+
+@patch
+def vectors_of_chunk(self: Encoder):
+    "The function that turns the tokenised texts of a chunk, sorted by length, into unit vectors [n, dim] on their device. It is made from the weights of now."
+    if self.packs():
+        packed = PackedBert(self.backbone)
+        return lambda token_lists: packed(token_lists, self.config.pooling)
+    return lambda token_lists: self(*self.pad(token_lists))
+
 # %% ../nbs/03_encoders.ipynb #d778673a
 @patch
 def embed_tokens(self: Encoder, token_lists: list[np.ndarray], token_budget: int | None = None) -> torch.Tensor:
     "Unit vectors [n, dim] of tokenised texts, in their order, differentiable; one forward pass for every `token_budget` tokens."
-    lengths = np.array([len(tokens) for tokens in token_lists])
-    chunks = length_chunks(lengths, token_budget or self.token_budget, self.padding_budget)
-    vectors = [self(*self.pad([token_lists[row] for row in chunk])) for chunk in chunks]
+    chunks, embed = self.chunks(token_lists, token_budget), self.vectors_of_chunk()
+    vectors = [embed([token_lists[row] for row in chunk]) for chunk in chunks]
     order = torch.from_numpy(np.argsort(np.concatenate(chunks))).to(self.device)
     return torch.cat(vectors)[order]
-
-# %% ../nbs/03_encoders.ipynb #471f68e3
-@patch
-def vectors_of_chunk(self: Encoder, precision: str):
-    "The function that turns the tokenised texts of a chunk, longest first, into unit vectors [n, dim] on their device."
-    if self.device.type == "cpu" and precision == "bf16" and self.config.pooling != "pooler" and can_be_packed(self.backbone):
-        packed = PackedBert(self.backbone)
-        return lambda token_lists: packed(token_lists, self.config.pooling)
-    return lambda token_lists: self(*self.pad(token_lists))
 
 # %% ../nbs/03_encoders.ipynb #b75ff3ef
 @patch
@@ -220,10 +232,9 @@ def encode(
     self.eval()
     token_lists = [tokens for start in range(0, len(texts), 4096) for tokens in self.tokenize(texts[start : start + 4096], kind)]
     bar = tqdm(total=len(texts), desc=f"encoding {kind} texts", unit="text", disable=not (progress and len(texts) > 1000), mininterval=1, leave=False)
-    precision = choose_precision(self.precision, self.device)
-    with bar, autocast(self.device, precision):
-        embed = self.vectors_of_chunk(precision)
-        for chunk in length_chunks(np.array([len(tokens) for tokens in token_lists]), self.token_budget, self.padding_budget):
+    with bar, autocast(self.device, choose_precision(self.precision, self.device)):
+        embed = self.vectors_of_chunk()
+        for chunk in self.chunks(token_lists):
             vectors[chunk] = embed([token_lists[row] for row in chunk]).float().cpu().numpy()
             bar.update(len(chunk))
     self.train(was_training)

@@ -259,7 +259,8 @@ class Towers(nn.Module):
             return self.encoder.embed_tokens(texts, 4 * self.encoder.token_budget)  # each pass back makes a gradient of all word embeddings: few passes
         by_length = np.argsort([len(tokens) for tokens in texts], kind="stable")
         portions = [by_length[start : start + 2 * mini_batch_size] for start in range(0, len(texts), 2 * mini_batch_size)]
-        vectors = [checkpoint(self.encoder, *self.encoder.pad([texts[row] for row in portion]), use_reentrant=False) for portion in portions]
+        embed = self.encoder.vectors_of_chunk()
+        vectors = [checkpoint(embed, [texts[row] for row in portion], use_reentrant=False) for portion in portions]
         return torch.cat(vectors)[torch.from_numpy(np.argsort(by_length)).to(vectors[0].device)]
 
 # %% ../nbs/06_training.ipynb #bb8bd299

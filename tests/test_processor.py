@@ -12,10 +12,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from hybrid_ir import processor
-from hybrid_ir.encoders import load_encoder
+from hybrid_ir.encoders import autocast, load_encoder
 from hybrid_ir.pairs import load_pairs
-from hybrid_ir.processor import Dropout, PackedBert, attention_by_products, can_be_packed, drop, quicken_training
-from hybrid_ir.training import train
+from hybrid_ir.processor import Dropout, PackedBert, TableGelu, attention_by_products, can_be_packed, drop, quicken_training
+from hybrid_ir.training import Towers, set_dropout, train
 
 
 @pytest.fixture(scope="module", params=["bert", "xlm-roberta"])
@@ -136,3 +136,51 @@ def test_what_cannot_be_packed_is_padded(folder):
     with mock.patch.object(PackedBert, "__init__", side_effect=AssertionError("not to be packed")):
         assert encoder.encode(TEXTS).shape == (len(TEXTS), encoder.dim)
     assert not can_be_packed(load_encoder("use-multilingual-v3", device="cpu").backbone)
+
+
+def test_gelu_of_the_table_is_that_of_pytorch_for_every_number():
+    numbers = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    numbers = numbers[numbers.isfinite()].requires_grad_()
+    found, usual = TableGelu.apply(numbers), F.gelu(numbers)
+    assert torch.allclose(found, usual, rtol=0.004, atol=1e-30, equal_nan=True)
+    (slopes,), (usual_slopes,) = (torch.autograd.grad(values.sum(), numbers) for values in (found, usual))
+    assert torch.allclose(slopes, usual_slopes, atol=0.01, equal_nan=True)
+    across = torch.randn(6, 10).bfloat16().T.requires_grad_()  # not contiguous
+    assert torch.equal(TableGelu.apply(across), F.gelu(across))
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_packed_gradients_are_those_of_the_network(folder, pooling):
+    def gradient(precision, portions=False):
+        encoder = load_encoder(str(folder), device="cpu", precision=precision, pooling=pooling)
+        tokens, wish = encoder.tokenize(TEXTS, "passage"), torch.linspace(-1, 1, encoder.dim)
+        with autocast(encoder.device, precision):
+            assert encoder.packs() == (precision == "bf16")
+            if portions:
+                vectors = Towers(encoder)(tokens, mini_batch_size=1)
+            else:
+                vectors = encoder.embed_tokens(tokens)
+            (vectors * wish * torch.arange(len(TEXTS))[:, None]).sum().backward()
+        return torch.cat([parameter.grad.flatten() for parameter in encoder.parameters() if parameter.grad is not None])
+
+    exact, packed, in_portions = gradient("fp32"), gradient("bf16"), gradient("bf16", portions=True)
+    assert exact.shape == packed.shape and (packed - exact).norm() < 0.03 * exact.norm()
+    assert (packed - in_portions).norm() < 0.02 * exact.norm()
+
+
+def test_dropout_of_packed_texts_follows_the_seed_and_the_mode(folder):
+    encoder = load_encoder(str(folder), device="cpu", precision="bf16")
+    tokens = encoder.tokenize(TEXTS, "passage")
+
+    def vectors(seed, training):
+        torch.manual_seed(seed)
+        encoder.train(training)
+        with autocast(encoder.device, "bf16"):
+            return encoder.embed_tokens(tokens).detach()
+
+    assert torch.equal(vectors(0, True), vectors(0, True)) and not torch.equal(vectors(0, True), vectors(1, True))
+    assert torch.equal(vectors(0, False), vectors(1, False))
+    mean = torch.stack([vectors(seed, True) for seed in range(100)]).mean(0)
+    assert (F.normalize(mean, dim=-1) * vectors(0, False)).sum(1).min() > 0.99  # what is dropped is made up for
+    set_dropout(encoder, 0.0)
+    assert torch.equal(vectors(0, True), vectors(1, False))

@@ -147,7 +147,7 @@ def test_resume_after_kill_is_exact(folder, tmp_path):
     for kill_after in (9, 22, 31):
         assert run_process(folder, tmp_path / "killed", options, kill_after) == ""
     found = checkpoints(tmp_path / "killed")
-    assert len(found) == 2 and found[0].name > "checkpoint-00000009"
+    assert len(found) in (2, 3) and found[0].name > "checkpoint-00000009"  # 3: killed before the oldest was removed
     assert run_process(folder, tmp_path / "killed", options) == expected
     logs = [[json.loads(line) for line in (tmp_path / name / "train_log.jsonl").read_text().splitlines()] for name in ("undisturbed", "killed")]
     for first, second in zip(*logs, strict=True):
