@@ -131,16 +131,17 @@ class TokenStream:
     "The tokens of questions, passages and hard negatives of some pairs, computed when they are asked for."
 
     def __init__(self, encoder: Encoder, pairs: ParallelPairs, options: TrainingOptions):
-        self.encoder, self.texts, self.negatives = encoder, pairs.table, options.hard_negatives
+        self.encoder, self.negatives = encoder, options.hard_negatives
+        self.texts = {kind: pairs.table.select_columns([kind]) for kind in ("query", "passage", *(["negatives"] if self.negatives else []))}  # rows are read without their other columns
         self.lengths = {"query": options.query_length, "passage": options.passage_length}
 
     def take(self, kind: str, rows: np.ndarray) -> list[np.ndarray]:
         "The tokens of the questions (`query`) or passages of some rows, int32 [length] each."
-        return self.encoder.tokenize(self.texts[[int(row) for row in rows]][kind], kind, self.lengths[kind])
+        return self.encoder.tokenize(self.texts[kind][[int(row) for row in rows]][kind], kind, self.lengths[kind])
 
     def take_negatives(self, rows: np.ndarray) -> list[list[np.ndarray]]:
         "The tokens of the hard negatives of some rows, one list for each row."
-        found = self.texts[[int(row) for row in rows]]["negatives"] if self.negatives else [None] * len(rows)
+        found = self.texts["negatives"][[int(row) for row in rows]]["negatives"] if self.negatives else [None] * len(rows)
         lists = [(negatives or [])[: self.negatives] for negatives in found]
         texts = [text for negatives in lists for text in negatives]
         tokens = iter(self.encoder.tokenize(texts, "passage", self.lengths["passage"]) if texts else [])
