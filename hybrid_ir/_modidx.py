@@ -333,7 +333,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'hybrid_ir/experiment.py'),
                                       'hybrid_ir.experiment.processor_name': ('experiment.html#processor_name', 'hybrid_ir/experiment.py'),
                                       'hybrid_ir.experiment.read_config': ('experiment.html#read_config', 'hybrid_ir/experiment.py'),
-                                      'hybrid_ir.experiment.read_json': ('experiment.html#read_json', 'hybrid_ir/experiment.py'),
                                       'hybrid_ir.experiment.read_run': ('experiment.html#read_run', 'hybrid_ir/experiment.py'),
                                       'hybrid_ir.experiment.read_scores': ('experiment.html#read_scores', 'hybrid_ir/experiment.py'),
                                       'hybrid_ir.experiment.record_training': ( 'experiment.html#record_training',

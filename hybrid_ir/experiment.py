@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['COMPUTING_MODULES', 'PACKAGES', 'SHARD_ROWS', 'BenchmarkChoice', 'parse_benchmark', 'RunConfig', 'bare_source',
-           'code_hash', 'processor_name', 'environment', 'read_json', 'slug', 'run_folder', 'checkpoint_folder',
-           'reports_folder', 'open_run_folder', 'ShardedEncoder', 'untouched_folder', 'rows_of', 'select',
-           'evaluate_missing', 'load_trained', 'Run', 'read_scores', 'warn_of_precisions', 'read_run',
-           'training_batches', 'environment_of', 'check_same_environment', 'check_same_log', 'record_training',
-           'trained_encoder', 'is_complete', 'compute', 'run', 'evaluated', 'read_config', 'complete_runs']
+           'code_hash', 'processor_name', 'environment', 'slug', 'run_folder', 'checkpoint_folder', 'reports_folder',
+           'open_run_folder', 'ShardedEncoder', 'untouched_folder', 'rows_of', 'select', 'evaluate_missing',
+           'load_trained', 'Run', 'read_scores', 'warn_of_precisions', 'read_run', 'training_batches', 'environment_of',
+           'check_same_environment', 'check_same_log', 'record_training', 'trained_encoder', 'is_complete', 'compute',
+           'run', 'evaluated', 'read_config', 'complete_runs']
 
 # %% ../nbs/10_experiment.ipynb #b7a00a13
 import ast
@@ -161,11 +161,6 @@ def environment(device: torch.device, precision: str) -> dict:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type, "precision": precision,
     }  # fmt: skip
 
-# %% ../nbs/10_experiment.ipynb #de6f5f92
-def read_json(path: Path) -> dict:
-    "Read what `write_json` wrote; raises `DamagedFile` if it is missing or damaged."
-    return read_part(path, lambda found: dict(json.loads(found.read_bytes())))
-
 # %% ../nbs/10_experiment.ipynb #01e70256
 def slug(text: str) -> str:
     "A name as a folder name: the last two parts of a path, with anything unusual as a dash."
@@ -195,7 +190,7 @@ def open_run_folder(config: RunConfig, folder: Path, found: dict):
     if saved.exists() and RunConfig(**read_sealed(saved)[0]).key != config.key:
         raise ValueError(f"{folder} belongs to another configuration; remove it, or use another folder")
     if (folder / "environment.json").exists():
-        code = read_json(folder / "environment.json")["code"]
+        code = read_sealed(folder / "environment.json")[0]["code"]
         if code != found["code"]:
             raise ValueError(f"{folder} was begun by other code ({code}, now {found['code']}) and is not complete; remove it and {checkpoint_folder(config)} to begin again")
     write_json(saved, seal(current, folder))
@@ -314,7 +309,7 @@ def warn_of_precisions(run: Run):
 def read_run(config: RunConfig, reports: str | Path = "reports") -> Run:
     "Read a complete run; raises `DamagedFile`, and warns if other code computed it."
     folder = run_folder(config, reports)
-    (metrics, _), found = read_sealed(folder / "metrics.json"), read_json(folder / "environment.json")
+    (metrics, _), (found, _) = read_sealed(folder / "metrics.json"), read_sealed(folder / "environment.json")
     if found["code"] != code_hash():
         warnings.warn(f"{folder} was computed by other code ({found['code']}, now {code_hash()}); delete it to compute it again", stacklevel=2)
     log = read_part(folder / "train_log.jsonl", lambda path: pd.read_json(path, lines=True))
@@ -343,7 +338,7 @@ def check_same_environment(config: RunConfig, folder: Path):
         read_sealed(folder / "metrics.json")
     if not (folder / "metrics.json").exists() or (checkpoint_folder(config) / "encoder" / "hybrid_ir.json").exists():
         return
-    recorded, found = read_json(folder / "environment.json"), environment_of(config)
+    recorded, found = read_sealed(folder / "environment.json")[0], environment_of(config)
     differences = [f"{name} was {recorded.get(name)}, is {found.get(name)}" for name in sorted({*recorded, *found}) if recorded.get(name) != found.get(name)]
     if differences:
         raise ValueError(
