@@ -122,7 +122,7 @@ class RunConfig(TrainingOptions):
         return training_options(**{field.name: getattr(self, field.name) for field in fields(TrainingOptions)})
 
 # %% ../nbs/10_experiment.ipynb #19231b49
-COMPUTING_MODULES = ("pairs", "benchmarks", "processor", "encoders", "samplers", "losses", "training", "retrieval", "metrics", "evaluation")
+COMPUTING_MODULES = ("pairs", "mmarco", "benchmarks", "processor", "encoders", "samplers", "losses", "training", "retrieval", "metrics", "evaluation")
 PACKAGES = ("hybrid_ir", "torch", "transformers", "tokenizers", "accelerate", "datasets", "numpy", "scipy")
 
 

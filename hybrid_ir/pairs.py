@@ -4,18 +4,14 @@
 
 # %% auto #0
 __all__ = ['PAIR_SCHEMA', 'PAIR_COLUMNS', 'BLOCK_ROWS', 'ROW_ARRAYS', 'ID_ARRAYS', 'MAPPED_ROWS', 'SAMPLE_LANGUAGES',
-           'SAMPLE_SPLITS', 'MMARCO_LANGUAGES', 'PAIR_SETS', 'MMARCO_URL', 'MMARCO_TRIPLES', 'TRIPLE_COLUMNS',
-           'MMARCO_SCHEMA', 'check_unicode', 'check_translations', 'check_negatives', 'check_record', 'read_json_lines',
-           'text_key', 'record_rows', 'write_pairs', 'check_unique', 'unfinished_prefix', 'is_running', 'remove_stale',
-           'remove_damaged', 'prepare_folder', 'prepare_rows', 'shared_edges', 'connected_ids', 'PairIndex',
-           'fill_rows', 'drop_unused_languages', 'fill_matrix', 'build_pair_index', 'table_blocks', 'index_table',
-           'new_file', 'prepare_index', 'ParallelPairs', 'open_pairs', 'count_texts', 'row_blocks', 'take_rows',
-           'select_pairs', 'split_pairs', 'joined_blocks', 'concat_pairs', 'answer_sentences', 'check_paragraph',
-           'read_paragraphs', 'sample_file', 'sample_records', 'PairSet', 'load_json_lines', 'check_json_folder',
-           'dataset_records', 'load_hub', 'mmarco_names', 'check_disk', 'find_mmarco', 'HashedFile', 'explain_tsv',
-           'check_numbers', 'read_tsv', 'first_of_each', 'add_triples', 'read_triples', 'KeptTexts', 'asking_line',
-           'keep_texts', 'language_rows', 'write_language', 'merge_languages', 'table_bytes', 'write_mmarco',
-           'load_mmarco', 'load_several', 'load_pairs']
+           'SAMPLE_SPLITS', 'PAIR_SETS', 'check_unicode', 'check_translations', 'check_negatives', 'check_record',
+           'read_json_lines', 'text_key', 'record_rows', 'write_pairs', 'check_unique', 'unfinished_prefix',
+           'is_running', 'remove_stale', 'remove_damaged', 'prepare_folder', 'prepare_rows', 'shared_edges',
+           'connected_ids', 'PairIndex', 'fill_rows', 'drop_unused_languages', 'fill_matrix', 'build_pair_index',
+           'table_blocks', 'index_table', 'new_file', 'prepare_index', 'ParallelPairs', 'open_pairs', 'count_texts',
+           'row_blocks', 'take_rows', 'select_pairs', 'split_pairs', 'joined_blocks', 'concat_pairs',
+           'answer_sentences', 'check_paragraph', 'read_paragraphs', 'sample_file', 'sample_records', 'PairSet',
+           'load_json_lines', 'check_json_folder', 'dataset_records', 'load_hub', 'load_several', 'load_pairs']
 
 # %% ../nbs/01_pairs.ipynb #38e5ce4d
 from .sources import cache_dir, choose, choose_all, file_sha256, find_damage, find_file, write_checksums, writing_to
@@ -26,11 +22,9 @@ import gzip
 import hashlib
 import html
 import importlib.resources
-import io
 import json
 import os
 import platform
-import re
 import shutil
 import tempfile
 import time
@@ -48,11 +42,9 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
 from fastcore.basics import patch, patch_to
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
-from tqdm import tqdm
 
 # %% ../nbs/01_pairs.ipynb #8ba7909b
 def check_unicode(
@@ -848,12 +840,6 @@ def sample_records(
                 record["passage"][language] = paragraph["sentences"][sentence]
     return list(records.values())
 
-# %% ../nbs/01_pairs.ipynb #49a39ff6
-MMARCO_LANGUAGES = {
-    "ar": "arabic", "de": "german", "en": "english", "es": "spanish", "fr": "french", "hi": "hindi", "id": "indonesian", "it": "italian",
-    "ja": "japanese", "nl": "dutch", "pt": "portuguese", "ru": "russian", "vi": "vietnamese", "zh": "chinese",
-}  # as the published files are named
-
 # %% ../nbs/01_pairs.ipynb #baa1ed0b
 @dataclass(frozen=True)
 class PairSet:
@@ -877,7 +863,10 @@ PAIR_SETS = {
         ("ar", "de", "es", "hi", "vi", "zh"),
         "train/mlqa_test.jsonl.gz", "e265ece38787ba0ebd403e79dc583b72f191c2fa502feff19c8a29d9a138c44f",
     ),
-    "mmarco": PairSet("questions to a search engine and passages of web pages, machine-translated", tuple(MMARCO_LANGUAGES)),
+    "mmarco": PairSet(
+        "questions to a search engine and passages of web pages, machine-translated",
+        ("ar", "de", "en", "es", "fr", "hi", "id", "it", "ja", "nl", "pt", "ru", "vi", "zh"),
+    ),
 }
 
 # %% ../nbs/01_pairs.ipynb #a6fb46cf
@@ -947,403 +936,6 @@ def load_hub(
     arrow_file, written = prepare_rows(key, dataset_records(table, place), f"dataset {place!r} row", label)
     return open_pairs(arrow_file, written, label, hub_fingerprint=table._fingerprint)
 
-# %% ../nbs/01_pairs.ipynb #36c3c194
-MMARCO_URL = "https://huggingface.co/datasets/unicamp-dl/mmarco/resolve/main/"
-MMARCO_TRIPLES = "mmarco/data/triples.train.ids.small.tsv"
-
-# %% ../nbs/01_pairs.ipynb #09cc3309
-def mmarco_names(
-    lang: str,  # ISO 639-1
-) -> tuple[str, str]:
-    "The names of a language's (passages, queries) below a data folder."
-    language = MMARCO_LANGUAGES[lang]
-    folder = "mmarco/data/google"
-    return f"{folder}/collections/{language}_collection.tsv", f"{folder}/queries/train/{language}_queries.train.tsv"
-
-# %% ../nbs/01_pairs.ipynb #94a125f0
-def check_disk(
-    folder: Path,  # an existing folder on the disk in question
-    need: float,  # bytes
-    what: str,  # what needs it, for the message
-) -> None:
-    "Raise an `OSError` if the disk has not so much free space; say what is needed if it is more than a gigabyte."
-    free = shutil.disk_usage(folder).free
-    if need > free:
-        raise OSError(
-            f"{what} needs about {need / 1e9:.3g} GB, but only {free / 1e9:.3g} GB are free in {folder}. Choose fewer languages or "
-            "fewer negatives, or set HYBRID_IR_CACHE to a folder on a larger disk."
-        )
-    if need > 1e9:
-        tqdm.write(f"{what} needs about {need / 1e9:.3g} GB of disk in {folder}")
-
-# %% ../nbs/01_pairs.ipynb #e258a199
-def find_mmarco(
-    languages: list,  # ISO 639-1
-    path=None,  # a folder that holds mmarco/, or is it
-    url: str = MMARCO_URL,  # where data/ is
-) -> dict:
-    "`{name: file}` of the triples and of each language's passages and queries; downloads what is missing."
-    found, missing = {}, []
-    for name in [MMARCO_TRIPLES, *(name for language in languages for name in mmarco_names(language))]:
-        inside = name.removeprefix("mmarco/")
-        if path is not None:
-            found[name] = find_file(inside if (Path(path).expanduser() / inside).is_file() else name, path)
-            continue
-        try:
-            found[name] = find_file(name)
-        except FileNotFoundError:
-            missing.append(name)
-    if missing:
-        collections = sum(name.endswith("_collection.tsv") for name in missing)
-        check_disk(cache_dir(), 4.1e9 * collections, f"the download of {collections} mmarco collections")
-    for name in missing:
-        found[name] = find_file(name, url=url + name.removeprefix("mmarco/"))
-    return found
-
-# %% ../nbs/01_pairs.ipynb #2b1a33e0
-class HashedFile(io.FileIO):
-    "A binary file for reading, with the SHA-256, the number of lines and the last byte of what was read so far, and a progress bar."
-
-    def __init__(self, path):
-        super().__init__(path, "rb")
-        self.sha256, self.last, self.lines = hashlib.sha256(), b"", 0
-        self.bar = tqdm(total=Path(path).stat().st_size, desc=Path(path).name, unit="B", unit_scale=True, delay=2)
-
-    def read(self, size: int = -1) -> bytes:
-        block = super().read(size)
-        self.sha256.update(block)
-        self.last, self.lines = block[-1:] or self.last, self.lines + block.count(b"\n")
-        self.bar.update(len(block))
-        return block
-
-    def close(self):
-        self.bar.close()
-        super().close()
-
-# %% ../nbs/01_pairs.ipynb #2ec9e406
-def explain_tsv(
-    path,  # a file that could not be read
-    columns: dict,  # {name: Arrow type} of its columns
-    error,  # what Arrow said
-) -> ValueError:
-    "The error to raise: file, line number, and what is wrong there."
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            where, line = f"{path} line {number}", line.removesuffix(b"\n").removesuffix(b"\r")
-            fields = line.split(b"\t")
-            if b"\r" in line:
-                return ValueError(f"{where}: a carriage return inside the line")
-            if len(fields) != len(columns):
-                return ValueError(f"{where}: expected {len(columns)} columns ({', '.join(columns)}), found {len(fields)}")
-            for (name, kind), field in zip(columns.items(), fields):
-                if kind == pa.int32() and not (re.fullmatch(rb"\d{1,10}", field.strip()) and int(field) < 2**31):
-                    return ValueError(f"{where}: {name} must be a number, not {field[:40].decode('utf-8', 'replace')!r}")
-                try:
-                    field.decode("utf-8")
-                except UnicodeDecodeError as broken:
-                    return ValueError(f"{where}: {name} is not UTF-8 ({broken.reason})")
-    return ValueError(f"{path}: {error}")
-
-# %% ../nbs/01_pairs.ipynb #713478bb
-def check_numbers(
-    path,  # the file, for the message
-    line: int,  # of the first row
-    batch: pa.RecordBatch,
-) -> None:
-    "Raise a `ValueError` for a number below zero: ids of mMARCO start at 0."
-    for name, column in zip(batch.schema.names, batch.columns):
-        if column.type == pa.int32() and len(column) and pc.min(column).as_py() < 0:
-            row = int((column.to_numpy() < 0).argmax())
-            raise ValueError(f"{path} line {line + row}: {name} must be a number of at least 0, not {column[row].as_py()}")
-
-# %% ../nbs/01_pairs.ipynb #020e8bda
-def read_tsv(
-    path,  # no header, no quoting
-    columns: dict,  # {name: Arrow type}
-    hashes: dict,  # {file name: SHA-256}, gets an entry once the file was read to its end
-    block_bytes: int = 1 << 22,  # bytes parsed at once; Arrow reads 32 such blocks ahead
-) -> Iterator:
-    "Yield (line number of the first row, record batch); errors are `ValueError`s with file and line number."
-    path, line = Path(path), 1
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path}: the file is empty")
-    try:
-        with HashedFile(path) as file:
-            reader = pa.csv.open_csv(
-                file,
-                pa.csv.ReadOptions(column_names=list(columns), block_size=block_bytes),
-                pa.csv.ParseOptions(delimiter="\t", quote_char=False, double_quote=False, ignore_empty_lines=False),
-                pa.csv.ConvertOptions(column_types=columns, null_values=[], strings_can_be_null=False),
-            )
-            for batch in reader:
-                check_numbers(path, line, batch)
-                yield line, batch
-                line += len(batch)
-            if file.last != b"\n":
-                raise ValueError(f"{path} line {line - 1}: the last line does not end with a line break; the file seems to be cut off")
-            if file.lines != line - 1:
-                raise explain_tsv(path, columns, f"{file.lines} lines were read as {line - 1}")
-            hashes[path.name] = file.sha256.hexdigest()
-    except pa.ArrowException as error:
-        raise explain_tsv(path, columns, error) from error
-
-# %% ../nbs/01_pairs.ipynb #ef6d62c1
-def first_of_each(
-    keys: np.ndarray,  # int64 [n], pair of each triple, in file order
-    negatives: np.ndarray,  # int32 [n], wrong passage of each triple
-    limit: int,  # distinct negatives to keep of each key
-) -> tuple[np.ndarray, np.ndarray]:
-    "The (keys, negatives) that stay: sorted by key, and in file order within a key."
-    order = np.lexsort((negatives, keys))  # stable: of equal triples the first comes first
-    same = (keys[order][1:] == keys[order][:-1]) & (negatives[order][1:] == negatives[order][:-1])
-    distinct = np.sort(order[np.append(True, ~same)])
-    keys, negatives = keys[distinct], negatives[distinct]
-    order = np.argsort(keys, kind="stable")
-    keys, negatives = keys[order], negatives[order]
-    starts = np.flatnonzero(np.append(True, keys[1:] != keys[:-1]))
-    rank = np.arange(len(keys)) - np.repeat(starts, np.diff(np.append(starts, len(keys))))
-    return keys[rank < limit], negatives[rank < limit]
-
-# %% ../nbs/01_pairs.ipynb #f9c24673
-def add_triples(
-    kept: tuple,  # (keys, negatives) of the triples before
-    blocks: list,  # of (keys, negatives), the next ones in file order
-    limit: int,  # distinct negatives to keep of each key
-) -> tuple[np.ndarray, np.ndarray]:
-    "The (keys, negatives) that stay of all of them; see `first_of_each`."
-    pairs, counts = np.unique(kept[0], return_counts=True)
-    keys, negatives = (np.concatenate(parts) for parts in zip(*blocks))
-    is_open = ~np.isin(keys, pairs[counts >= limit])
-    return first_of_each(np.append(kept[0], keys[is_open]), np.append(kept[1], negatives[is_open]), limit)
-
-# %% ../nbs/01_pairs.ipynb #0513ccc6
-TRIPLE_COLUMNS = {"query id": pa.int32(), "right passage id": pa.int32(), "wrong passage id": pa.int32()}
-
-# %% ../nbs/01_pairs.ipynb #29372b63
-def read_triples(
-    path,  # triples.train.ids.small.tsv
-    limit: int,  # hard negatives to keep of each pair
-    hashes: dict,  # see `read_tsv`
-    block_rows: int = 2_000_000,  # triples to collect before they are thinned out
-) -> dict:
-    "`{\"query\", \"passage\": int64 [n_pairs], \"negatives\": int64 [n], \"offsets\": int64 [n_pairs + 1]}`, ids, sorted by query and passage."
-    kept, blocks, rows = (np.empty(0, np.int64), np.empty(0, np.int32)), [], 0
-    for _, batch in read_tsv(path, TRIPLE_COLUMNS, hashes):
-        query, passage, negative = (column.to_numpy() for column in batch.columns)
-        blocks.append(((query.astype(np.int64) << 32) | passage, negative))
-        rows += len(batch)
-        if rows >= block_rows:
-            kept, blocks, rows = add_triples(kept, blocks, max(limit, 1)), [], 0
-    keys, negatives = add_triples(kept, blocks, max(limit, 1)) if blocks else kept
-    pairs = np.unique(keys)
-    is_wrong = ~np.isin(((keys >> 32) << 32) | negatives, pairs) & (limit > 0)
-    counts = np.bincount(np.searchsorted(pairs, keys[is_wrong]), minlength=len(pairs))
-    return {
-        "query": pairs >> 32, "passage": pairs & 0xFFFFFFFF, "negatives": negatives[is_wrong].astype(np.int64),
-        "offsets": np.append(0, np.cumsum(counts)),
-    }
-
-# %% ../nbs/01_pairs.ipynb #27affa2e
-class KeptTexts:
-    "Texts of some ids, memory-mapped."
-
-    def __init__(
-        self,
-        file: Path,  # UTF-8, one text after the other
-        wanted: np.ndarray,  # int64 [n], sorted ids
-        order: np.ndarray,  # int64 [n], positions in `wanted` of the texts in the file
-        lengths: np.ndarray,  # int64 [n], bytes of the texts in the file
-    ):
-        offsets = np.append(0, np.cumsum(lengths))
-        buffers = [pa.py_buffer(offsets), pa.py_buffer(np.memmap(file, np.uint8, "r"))]
-        self.texts = pa.LargeStringArray.from_buffers(len(order), *buffers)
-        self.wanted, self.rows = wanted, np.argsort(order)
-
-    def take(
-        self,
-        ids: np.ndarray,  # int64 [m], all of them among the wanted ones
-    ) -> pa.Array:
-        "Their texts [m]."
-        return self.texts.take(pa.array(self.rows[np.searchsorted(self.wanted, ids)])).cast(pa.string())
-
-# %% ../nbs/01_pairs.ipynb #f41d3544
-def asking_line(
-    triples,  # triples.train.ids.small.tsv
-    number: int,  # the id that is missing
-    columns: list,  # the columns to look in: [0] for queries, [1, 2] for passages
-) -> int:
-    "The first line of the triples that has this id."
-    for line, batch in read_tsv(triples, TRIPLE_COLUMNS, {}):
-        hits = np.logical_or.reduce([batch.column(column).to_numpy() == number for column in columns])
-        if hits.any():
-            return line + int(np.argmax(hits))
-    raise AssertionError(f"{number} must be in the triples")
-
-# %% ../nbs/01_pairs.ipynb #b1501fb2
-def keep_texts(
-    path,  # a collection or a query file
-    kind: str,  # "passage" or "query", for messages
-    wanted: np.ndarray,  # int64 [n], sorted ids
-    file: Path,  # the flat file to write
-    hashes: dict,  # see `read_tsv`
-) -> KeptTexts:
-    "Stream through the file and keep the texts of the wanted ids; a missing one raises a `KeyError` with its id."
-    orders, all_lengths, lines = [], [], []
-    with open(file, "wb") as flat:
-        for line, batch in read_tsv(path, {f"{kind} id": pa.int32(), "text": pa.string()}, hashes):
-            ids = batch.column(0).to_numpy()
-            order = np.minimum(np.searchsorted(wanted, ids), len(wanted) - 1)
-            hits = wanted[order] == ids
-            texts = batch.column(1).filter(pa.array(hits))
-            is_empty = pc.equal(pc.utf8_trim_whitespace(texts), "").to_numpy(zero_copy_only=False)
-            if is_empty.any():
-                hit = np.flatnonzero(hits)[is_empty.argmax()]
-                raise ValueError(f"{path} line {line + hit}: the text of {kind} {ids[hit]} is empty")
-            lengths = pc.binary_length(texts).to_numpy()
-            if len(texts):
-                flat.write(memoryview(texts.buffers()[2])[: lengths.sum()])  # of a filtered array, the texts lie one after the other
-            orders.append(order[hits])
-            all_lengths.append(lengths)
-            lines.append(line + np.flatnonzero(hits))
-    order, lines = np.concatenate(orders), np.concatenate(lines)
-    first = np.full(len(wanted), -1)
-    first[order[::-1]] = lines[::-1]
-    repeated = np.flatnonzero(first[order] != lines)
-    if len(repeated):
-        position = order[repeated[0]]
-        raise ValueError(f"{path} line {lines[repeated[0]]}: {kind} {wanted[position]} was already there (line {first[position]})")
-    if (first < 0).any():
-        raise KeyError(int(wanted[first.argmin()]))
-    return KeptTexts(file, wanted, order, np.concatenate(all_lengths))
-
-
-
-# %% ../nbs/01_pairs.ipynb #33bf2c94
-MMARCO_SCHEMA = PAIR_SCHEMA.append(pa.field("query_key", pa.uint64()))
-
-# %% ../nbs/01_pairs.ipynb #f0c90881
-def language_rows(
-    lang: str,  # ISO 639-1
-    triples: dict,  # see `read_triples`
-    start: int,  # first pair
-    stop: int,  # after the last pair
-    texts: dict,  # {"query", "passage": KeptTexts}
-) -> pa.RecordBatch:
-    "The rows of some pairs in one language."
-    query, passage, offsets = triples["query"][start:stop], triples["passage"][start:stop], triples["offsets"][start : stop + 1]
-    passages = texts["passage"].take(passage)
-    negatives = pa.ListArray.from_arrays(
-        pa.array(offsets - offsets[0], pa.int32()), texts["passage"].take(triples["negatives"][offsets[0] : offsets[-1]]),
-        mask=pa.array(np.diff(offsets) == 0),
-    )
-    query_key = pa.array([text_key(f"page\nmmarco\n{number}") for number in query], pa.uint64())
-    ids = pc.binary_join_element_wise(pa.array(query).cast(pa.string()), pa.array(passage).cast(pa.string()), "-")
-    columns = {
-        "id": ids, "lang": pa.repeat(lang, len(query)), "query": texts["query"].take(query), "passage": passages, "negatives": negatives,
-        "source": pa.repeat("mmarco", len(query)), "record": pa.array(np.arange(start, stop)), "page_key": query_key,
-        "passage_key": pa.array([text_key(text) for text in passages.to_pylist()], pa.uint64()), "query_key": query_key,
-    }
-    return pa.RecordBatch.from_arrays(list(columns.values()), schema=MMARCO_SCHEMA)
-
-# %% ../nbs/01_pairs.ipynb #ece0d294
-def write_language(
-    lang: str,  # ISO 639-1
-    files: dict,  # see `find_mmarco`
-    triples: dict,  # see `read_triples`
-    folder: Path,  # to write in
-    hashes: dict,  # see `read_tsv`
-    block_pairs: int,  # pairs of a record batch
-) -> Path:
-    "Write the rows of one language to an Arrow file, in the order of the pairs."
-    passage_file, query_file = (files[name] for name in mmarco_names(lang))
-    needed = {"query": np.unique(triples["query"]), "passage": np.unique(np.concatenate([triples["passage"], triples["negatives"]]))}
-    texts = {}
-    for kind, path, columns in (("query", query_file, [0]), ("passage", passage_file, [1, 2])):
-        try:
-            texts[kind] = keep_texts(path, kind, needed[kind], folder / f"{kind}.flat", hashes)
-        except KeyError as error:
-            (number,) = error.args
-            line = asking_line(files[MMARCO_TRIPLES], number, columns)
-            raise ValueError(f"{path}: no {kind} {number}, which {files[MMARCO_TRIPLES]} line {line} asks for") from None
-    n_pairs = len(triples["query"])
-    with pa.OSFile(str(folder / f"{lang}.arrow"), "wb") as file, pa.ipc.new_stream(file, MMARCO_SCHEMA) as writer:
-        for start in tqdm(range(0, n_pairs, block_pairs), desc=f"mmarco {lang}", unit="block", delay=2):
-            writer.write_batch(language_rows(lang, triples, start, min(start + block_pairs, n_pairs), texts))
-    return folder / f"{lang}.arrow"
-
-# %% ../nbs/01_pairs.ipynb #7f24677b
-def merge_languages(
-    parts: list,  # Arrow files of the languages, with equal blocks of pairs
-    target: Path,  # the Arrow file to write
-) -> int:
-    "Interleave the languages' rows; return the number of rows."
-    rows = 0
-    readers = [pa.ipc.open_stream(pa.memory_map(str(part))) for part in parts]
-    with pa.OSFile(str(target), "wb") as file, pa.ipc.new_stream(file, MMARCO_SCHEMA) as writer:
-        for blocks in tqdm(zip(*readers, strict=True), desc="mmarco rows", unit="block", delay=2):
-            size = len(blocks[0])
-            by_pair = np.arange(len(parts) * size).reshape(len(parts), size).T.ravel()
-            columns = [pa.concat_arrays(list(column)).take(pa.array(by_pair)) for column in zip(*(block.columns for block in blocks))]
-            writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=MMARCO_SCHEMA))
-            rows += len(by_pair)
-    return rows
-
-# %% ../nbs/01_pairs.ipynb #428b7a7e
-def table_bytes(
-    languages: list,  # ISO 639-1
-    files: dict,  # see `find_mmarco`
-    triples: dict,  # see `read_triples`
-    sample_bytes: int = 1 << 22,  # to read of each file
-) -> float:
-    "Estimated size of the prepared table, in bytes."
-    total, n_pairs = 0.0, len(triples["query"])
-    for language in languages:
-        for name, texts in zip(mmarco_names(language), (n_pairs + len(triples["negatives"]), n_pairs)):
-            with open(files[name], "rb") as file:
-                head = file.read(sample_bytes)
-            total += texts * len(head) / max(1, head.count(b"\n"))
-    return total + 80 * n_pairs * len(languages)
-
-# %% ../nbs/01_pairs.ipynb #09f640b9
-def write_mmarco(
-    folder: Path,  # to write rows.arrow in
-    files: dict,  # see `find_mmarco`
-    languages: list,  # ISO 639-1, sorted
-    negatives: int,  # hard negatives to keep of each pair
-    block_rows: int = 20_000,  # rows held in memory at once
-) -> dict:
-    "Join triples, queries and passages; return `{\"ids\", \"rows\", \"fingerprint\", \"sources\", \"sha256\"}`."
-    hashes, work = {}, folder / "work"
-    work.mkdir()
-    triples = read_triples(files[MMARCO_TRIPLES], negatives, hashes)
-    n_pairs = len(triples["query"])
-    need = table_bytes(languages, files, triples)
-    check_disk(folder, 2.2 * need, f"preparing {n_pairs:,} mmarco pairs in {len(languages)} languages (half of it only meanwhile)")
-    block_pairs = max(1, block_rows // len(languages))
-    parts = [write_language(language, files, triples, work, hashes, block_pairs) for language in languages]
-    rows = merge_languages(parts, folder / "rows.arrow")
-    shutil.rmtree(work)
-    content = json.dumps([hashes, languages, negatives], sort_keys=True).encode()
-    source = {"source": "mmarco", "license": "MS MARCO terms (non-commercial research)", "translation": "Google Translate", "ids": n_pairs}
-    fingerprint = hashlib.blake2b(content, digest_size=16).hexdigest()
-    return {"ids": n_pairs, "rows": rows, "fingerprint": fingerprint, "sources": [source], "sha256": hashes}
-
-# %% ../nbs/01_pairs.ipynb #b9b000c1
-def load_mmarco(
-    languages=None,  # one language, several, or None for all 14
-    path=None,  # a folder that holds mmarco/, or is it
-    negatives: int = 4,  # hard negatives to keep of each pair, at most
-) -> ParallelPairs:
-    "mMARCO in its published layout, found or downloaded, and joined by id; prepared once for these languages and negatives."
-    languages = sorted(choose_all("language", languages, MMARCO_LANGUAGES))
-    if isinstance(negatives, bool) or not isinstance(negatives, int) or negatives < 0:
-        raise ValueError(f"negatives must be a whole number from 0, not {negatives!r}")
-    files = find_mmarco(languages, path)
-    states = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files.values()]
-    key = hashlib.blake2b(json.dumps([states, languages, negatives]).encode(), digest_size=16).hexdigest()
-    folder, written = prepare_folder(f"mmarco-{key}", lambda folder: write_mmarco(folder, files, languages, negatives))
-    return open_pairs(folder / "rows.arrow", written, "mmarco", sha256=written["sha256"])
-
 # %% ../nbs/01_pairs.ipynb #f1208a9e
 def load_several(
     names: list,  # what `load_pairs` takes, several times
@@ -1357,7 +949,7 @@ def load_several(
         if str(name) != "mmarco":
             few = None
         elif languages is not None:
-            few = [language for language in ([languages] if isinstance(languages, str) else languages) if language in MMARCO_LANGUAGES]
+            few = [language for language in ([languages] if isinstance(languages, str) else languages) if language in PAIR_SETS["mmarco"].languages]
         parts.append(load_pairs(name, few, **options))
     return concat_pairs(parts).select(languages)
 
@@ -1380,6 +972,8 @@ def load_pairs(
     if name == "sample":
         pairs = ParallelPairs.from_records(sample_records(split), name="sample")
     elif name == "mmarco":
+        from hybrid_ir.mmarco import load_mmarco
+
         pairs = load_mmarco(languages, path, negatives)
     elif name in PAIR_SETS:
         hint = "It has no public address: it comes with the study's data folder."

@@ -18,6 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from hybrid_ir import mmarco as mmarco_module
 from hybrid_ir import pairs as pairs_module
 from hybrid_ir.pairs import PAIR_SETS, SAMPLE_LANGUAGES, PairIndex, ParallelPairs, load_pairs, read_paragraphs, sample_file
 from hybrid_ir.sources import cache_dir, file_sha256
@@ -543,14 +544,14 @@ def test_mmarco_rows(mmarco, languages, limit):
 def test_mmarco_in_small_blocks(mmarco, tmp_path, monkeypatch, limit):
     "Blocks of triples, of lines and of rows end anywhere; the result is the same."
     whole = load_pairs("mmarco", ["de", "en"], path=mmarco, negatives=limit)
-    files = pairs_module.find_mmarco(["de", "en"], mmarco)
+    files = mmarco_module.find_mmarco(["de", "en"], mmarco)
     for name in ("read_triples", "read_tsv"):
         small = {"read_triples": {"block_rows": 2}, "read_tsv": {"block_bytes": 40}}[name]
-        original = getattr(pairs_module, name)
-        monkeypatch.setattr(pairs_module, name, lambda *args, original=original, small=small: original(*args, **small))
+        original = getattr(mmarco_module, name)
+        monkeypatch.setattr(mmarco_module, name, lambda *args, original=original, small=small: original(*args, **small))
     folder = tmp_path / "small"
     folder.mkdir()
-    written = pairs_module.write_mmarco(folder, files, ["de", "en"], limit, block_rows=4)
+    written = mmarco_module.write_mmarco(folder, files, ["de", "en"], limit, block_rows=4)
     small = pairs_module.open_pairs(folder / "rows.arrow", written, "mmarco")
     assert small.fingerprint == whole.fingerprint and small.table.to_list() == whole.table.to_list() and written["rows"] == 10
     assert [path.name for path in folder.iterdir()] == ["rows.arrow"]
@@ -559,7 +560,7 @@ def test_mmarco_in_small_blocks(mmarco, tmp_path, monkeypatch, limit):
 def test_first_of_each_agrees_with_dictionaries():
     generator = np.random.default_rng(0)
     keys, negatives = generator.integers(0, 40, 3000) << 32, generator.integers(0, 30, 3000).astype(np.int32)
-    kept = pairs_module.first_of_each(keys, negatives, 5)
+    kept = mmarco_module.first_of_each(keys, negatives, 5)
     expected = [
         (key, negative) for key in np.unique(keys) for negative in list(dict.fromkeys(negatives[keys == key].tolist()))[:5]
     ]
@@ -581,7 +582,7 @@ def test_mmarco_shared_passages(mmarco):
 def test_mmarco_is_prepared_once_and_again_when_a_file_changes(mmarco, monkeypatch):
     first = load_pairs("mmarco", "en", path=mmarco)
     with monkeypatch.context() as patch:
-        patch.setattr(pairs_module, "read_tsv", None)
+        patch.setattr(mmarco_module, "read_tsv", None)
         again = load_pairs("mmarco", ["en"], path=mmarco / "mmarco")  # the hub's repository itself
     assert again.table.cache_files == first.table.cache_files
     assert load_pairs("mmarco", "en", path=mmarco, negatives=1).fingerprint != first.fingerprint
@@ -642,8 +643,8 @@ def test_mmarco_options_are_checked_first():
 
 def test_mmarco_needs_disk(mmarco, monkeypatch):
     usage = shutil.disk_usage(mmarco)
-    monkeypatch.setattr(pairs_module.shutil, "disk_usage", lambda folder: usage._replace(free=100))
-    monkeypatch.setattr(pairs_module, "keep_texts", None)  # the collections are not even read
+    monkeypatch.setattr(mmarco_module.shutil, "disk_usage", lambda folder: usage._replace(free=100))
+    monkeypatch.setattr(mmarco_module, "keep_texts", None)  # the collections are not even read
     with pytest.raises(OSError, match="preparing 5 mmarco pairs in 1 languages .* GB are free .* HYBRID_IR_CACHE"):
         load_pairs("mmarco", "en", path=mmarco)
     with pytest.raises(OSError, match="the download of 2 mmarco collections needs about 8.2 GB"):
@@ -651,9 +652,9 @@ def test_mmarco_needs_disk(mmarco, monkeypatch):
 
 
 def test_mmarco_size_is_estimated(mmarco):
-    files = pairs_module.find_mmarco(["en"], mmarco)
-    triples = pairs_module.read_triples(files[pairs_module.MMARCO_TRIPLES], 4, {})
-    assert 0.5 < pairs_module.table_bytes(["en"], files, triples) / (17 * 5 + 12 * 8 + 80 * 5) < 2
+    files = mmarco_module.find_mmarco(["en"], mmarco)
+    triples = mmarco_module.read_triples(files[mmarco_module.MMARCO_TRIPLES], 4, {})
+    assert 0.5 < mmarco_module.table_bytes(["en"], files, triples) / (17 * 5 + 12 * 8 + 80 * 5) < 2
 
 
 def test_mmarco_download(mmarco, tmp_path, monkeypatch):
@@ -667,14 +668,14 @@ def test_mmarco_download(mmarco, tmp_path, monkeypatch):
         def log_message(self, *args):
             asked.append(self.path)
 
-    assert pairs_module.MMARCO_URL == "https://huggingface.co/datasets/unicamp-dl/mmarco/resolve/main/"
+    assert mmarco_module.MMARCO_URL == "https://huggingface.co/datasets/unicamp-dl/mmarco/resolve/main/"
     monkeypatch.setenv("NO_PROXY", "*")
     usage = shutil.disk_usage(mmarco)
-    monkeypatch.setattr(pairs_module.shutil, "disk_usage", lambda folder: usage._replace(free=10**12))
+    monkeypatch.setattr(mmarco_module.shutil, "disk_usage", lambda folder: usage._replace(free=10**12))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        files = pairs_module.find_mmarco(["de"], url=f"http://127.0.0.1:{server.server_port}/")
+        files = mmarco_module.find_mmarco(["de"], url=f"http://127.0.0.1:{server.server_port}/")
         assert asked == [
             "/data/triples.train.ids.small.tsv", "/data/google/collections/german_collection.tsv",
             "/data/google/queries/train/german_queries.train.tsv",
@@ -682,7 +683,7 @@ def test_mmarco_download(mmarco, tmp_path, monkeypatch):
         assert all(path == tmp_path / "cache" / name for name, path in files.items())
         assert load_pairs("mmarco", "de").table.to_list() == expected_rows(["de"], 4) and len(asked) == 3
         with pytest.raises(FileNotFoundError, match="french_collection.tsv was not found") as caught:
-            pairs_module.find_mmarco(["fr"], url=f"http://127.0.0.1:{server.server_port}/")
+            mmarco_module.find_mmarco(["fr"], url=f"http://127.0.0.1:{server.server_port}/")
         assert "answered 404" in str(caught.value)
     finally:
         server.shutdown()
@@ -724,8 +725,8 @@ def test_a_killed_conversion_leaves_nothing_that_counts(mmarco):
     "Killed while it writes: no folder under the final name, and the next run succeeds."
     code = """
 import os, signal, sys
-from hybrid_ir import pairs
-pairs.merge_languages = lambda parts, target: (target.write_bytes(b"half"), os.kill(os.getpid(), signal.SIGKILL))
+from hybrid_ir import mmarco, pairs
+mmarco.merge_languages = lambda parts, target: (target.write_bytes(b"half"), os.kill(os.getpid(), signal.SIGKILL))
 pairs.load_pairs("mmarco", "en", path=sys.argv[1])
 """
     killed = subprocess.run([sys.executable, "-c", code, str(mmarco)], capture_output=True, check=False)

@@ -181,7 +181,7 @@ def test_formulas_are_drawn_without_a_network(browser, address):
     assert font and "error" not in font
 
 
-SEARCHES = {"rank_distance": "metrics.html", "gradient caching": "training.html", "load_benchmark": "benchmarks.html"}
+SEARCHES = {"hybrid": "samplers.html", "rank_distance": "metrics.html", "gradient caching": "training.html", "load_benchmark": "benchmarks.html"}
 
 
 @pytest.mark.parametrize(("words", "page"), SEARCHES.items())
@@ -199,6 +199,11 @@ def test_search_finds_words_and_leads_to_them(browser, address, words, page):
     results = WebDriverWait(browser, 20).until(lambda b: [r for r in b.find_elements("css selector", "a.search-result") if r.is_displayed()])
     targets = [result.get_attribute("href") for result in results]
     assert any(urldefrag(target)[0] == address + page for target in targets), targets
+    is_source = [target.startswith(address + "source/") for target in targets]
+    assert is_source == sorted(is_source), "source code comes last"
+    headings = browser.execute_script("return [...document.querySelectorAll('a.search-result')].map(r => (r.querySelector('.search-result-section') ?? r.querySelector('.search-result-title')).textContent.toLowerCase())")
+    named = [words in heading for heading, source in zip(headings, is_source) if not source]
+    assert named[0] or not any(named), "titles and headings come first"
     results[0].click()
     WebDriverWait(browser, 20).until(lambda b: urldefrag(b.current_url)[0] == urldefrag(targets[0])[0])
     assert words.split()[0].lower() in browser.find_element("tag name", "main").text.lower()

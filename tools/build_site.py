@@ -198,8 +198,8 @@ def stage_notebook(source: Path, stage: Path) -> None:
     for cell in nb.cells:
         if cell.cell_type == "raw":  # the staged name is the output name already
             cell.source = re.sub(r"^output-file:.*\n", "", cell.source, flags=re.M)
-            if NUMBER.match(source.name):  # nbdev's titles are module names; a sidebar reads better in one style
-                cell.source = re.sub(r"^(title: ['\"]?)(\w)", lambda m: m.group(1) + m.group(2).upper(), cell.source, flags=re.M)
+            if NUMBER.match(source.name):  # nbdev's titles are module names; a sidebar reads better in one style, but mMARCO is a name
+                cell.source = re.sub(r"^(title: ['\"]?)([a-z])(?=[^A-Z\n]*$)", lambda m: m.group(1) + m.group(2).upper(), cell.source, flags=re.M)
         fold(cell, report=source.is_relative_to(REPORTS))
         finish_cell(cell, source)
     write_nb(nb, target)
