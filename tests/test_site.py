@@ -223,6 +223,7 @@ def test_phone_width_needs_no_sideways_scrolling(browser, address, name):
     read(browser, address + name)
     assert browser.execute_script("return document.documentElement.scrollWidth") <= 390  # not innerWidth: a phone zooms out until all fits
     assert not browser.execute_script(OUTSIDE, 391), "cut off, and cannot be scrolled"
+    assert not browser.execute_script("return [...document.querySelectorAll('main :is(h1, h2, h3, h4, p, li)')].filter(e => e.scrollWidth > e.clientWidth + 1 && e.clientWidth && !e.querySelector('math')).map(e => e.textContent.slice(0, 80))"), "a word that is longer than its line"
 
 
 def test_previous_and_next_lead_through_the_sidebar(site):
