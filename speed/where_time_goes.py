@@ -156,19 +156,22 @@ def trainers(pairs) -> dict[str, training.Trainer]:
     return found
 
 
-def step_with(trainer: training.Trainer, name: str, other):
-    "A step in which a function of `hybrid_ir.processor` is another one."
+def step_with(trainer: training.Trainer, owner, name: str, other):
+    "A step in which something in `hybrid_ir.processor` is another one."
 
     def step():
-        with mock.patch.object(processor, name, other):
+        with mock.patch.object(owner, name, other):
             trainer.step()
 
     return step
 
 
-def half_between_layers(inner=processor.PackedBert.embed):
+USUAL_EMBED = processor.PackedBert.embed
+
+
+def embed_in_bf16(self: processor.PackedBert, token_lists: list[np.ndarray]) -> torch.Tensor:
     "What goes into the first layer in bf16, so that all that follows stays in it."
-    return lambda self, token_lists: inner(self, token_lists).bfloat16()
+    return USUAL_EMBED(self, token_lists).bfloat16()
 
 
 def tried_in_training(pairs, rounds: int, precision: str) -> list[dict]:
@@ -189,17 +192,11 @@ def tried_in_training(pairs, rounds: int, precision: str) -> list[dict]:
     as_kept = computed["padded"] / (lengths.sum() if bf16 else computed["padded"])
     rows = [variant("as it is", 1.0, "", usual.step, "yes")]
     if bf16:
-        halves = mock.patch.object(processor.PackedBert, "embed", half_between_layers())
-
-        def half():
-            with halves:
-                usual.step()
-
         packed = 1 / as_kept * (1 - gelu) * (1 - 0.7 * casts)
         rows += [
             variant("padded, with the layers of transformers", packed, f"padding, and of its time {gelu:.0%} are GELU and {casts:.0%} conversions", found["padded"].step, "where packing is not possible"),
-            variant("GELU computed, not looked up", 1 - gelu, "its share with the layers of transformers", step_with(usual, "TableGelu", PlainGelu), "no"),
-            variant("bf16 between the layers, too", 1.03, "conversions of what goes between layers", half, "no: gradients four times less exact"),
+            variant("GELU computed, not looked up", 1 - gelu, "its share with the layers of transformers", step_with(usual, processor, "TableGelu", PlainGelu), "no"),
+            variant("bf16 between the layers, too", 1.03, "conversions of what goes between layers", step_with(usual, processor.PackedBert, "embed", embed_in_bf16), "no: gradients four times less exact"),
         ]  # fmt: skip
     else:
         packed = 1.0
