@@ -16,6 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 PAPERMILL = ("run", "report", "summary")  # these are run by the tests, with small settings
+LIMIT = 900  # seconds for a notebook: one that hangs fails (pytest.ini has the same for a test)
 
 
 def environment(threads: int) -> dict[str, str]:
@@ -33,8 +34,13 @@ def run_notebook(path: Path, threads: int) -> tuple[Path, bool, float, str]:
     "One notebook in a process of its own."
     started = time.perf_counter()
     command = [str(BIN / "nbdev_test"), "--path", str(path), "--n_workers", "0"]
-    done = subprocess.run(command, cwd=ROOT, env=environment(threads), capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    return path, done.returncode == 0, time.perf_counter() - started, done.stdout + done.stderr
+    options = dict(cwd=ROOT, env=environment(threads), text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        done = subprocess.run(command, timeout=LIMIT, **options)
+        passed, output = done.returncode == 0, done.stdout
+    except subprocess.TimeoutExpired as late:
+        passed, output = False, f"{(late.stdout or b'').decode(errors='replace')}\nstopped: it took longer than {LIMIT} s"
+    return path, passed, time.perf_counter() - started, output
 
 
 def run_notebooks() -> dict[str, int]:

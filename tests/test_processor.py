@@ -1,5 +1,8 @@
 """What is quicker on a processor gives what the usual networks give: attention, dropout, encoding without padding."""
 
+import os
+import subprocess
+import sys
 from unittest import mock
 
 import numpy as np
@@ -184,3 +187,21 @@ def test_dropout_of_packed_texts_follows_the_seed_and_the_mode(folder):
     assert (F.normalize(mean, dim=-1) * vectors(0, False)).sum(1).min() > 0.99  # what is dropped is made up for
     set_dropout(encoder, 0.0)
     assert torch.equal(vectors(0, True), vectors(1, False))
+
+
+# Imports every module, forks, and lets the child compute with torch's threads: that hangs where the parent had started them.
+FORK = """
+import importlib, os, pkgutil, hybrid_ir
+for module in pkgutil.iter_modules(hybrid_ir.__path__):
+    importlib.import_module(f"hybrid_ir.{module.name}")
+import torch
+if process := os.fork():
+    os._exit(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))
+torch.set_num_threads(2)
+os._exit(0 if (torch.ones(2**20) * 2).exp().sum() > 0 else 1)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a system without fork")
+def test_a_fork_after_the_import_can_use_torch():
+    subprocess.run([sys.executable, "-c", FORK], check=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "2"})
