@@ -106,8 +106,11 @@ def fold(cell: dict, report: bool) -> None:
 SOURCE_LINK = re.compile(r"\]\(/blob/[^/]+/\w+/(\w+)\.py#L\w+\)")
 
 
+LINKED_CODE = re.compile(r"\[`([^`\n]+)`\]\([^)\n]*\)")
+
+
 def finish_cell(cell: dict, source: Path) -> None:
-    "Point the `source` link of each signature at the page of this site that shows the module."
+    "Point the `source` link of each signature at the page of this site that shows the module; inside a signature are no links."
     for output in cell.get("outputs", []):
         data = output.get("data") or {}
         if "text/markdown" in data:
@@ -115,7 +118,8 @@ def finish_cell(cell: dict, source: Path) -> None:
             name = re.search(r"^#+ (\S+)$", text, re.M)
             anchor = f"#{name.group(1).split('.')[-1].lower()}" if name else ""  # a method that was added with @patch has a heading of its own
             up = "../" * (len(site_path(source).parts) - 1)
-            data["text/markdown"] = SOURCE_LINK.sub(lambda m: f"]({up}source/{m.group(1)}.md{anchor})", text)
+            text = SOURCE_LINK.sub(lambda m: f"]({up}source/{m.group(1)}.md{anchor})", text)
+            data["text/markdown"] = re.sub(r"^```python\n.*?^```$", lambda m: LINKED_CODE.sub(r"`\1`", m.group(0)), text, flags=re.M | re.S)
 
 
 HEAD = re.compile(r"\A\s*# \S[^\n]*\n(?:\s*\n)*(?:> [^\n]*\n?)?")
@@ -131,6 +135,14 @@ def split_head(cells: list[dict]) -> list[dict]:
             cell["source"] = head.group(0)
             return [*cells[: place + 1], *([rest] if rest["source"].strip() else []), *cells[place + 1 :]]
     return cells
+
+
+# Without this, fastcore takes the comment of `**options` for that of the returned value.
+KEYWORD_COMMENTS = """
+import fastcore.docments as _docments
+_locations = _docments._param_locs
+_docments._param_locs = lambda source, returns=True, args_kwargs=True: _locations(source, returns, True)
+"""
 
 
 def processors(module: str | None) -> type:
@@ -158,6 +170,7 @@ def processors(module: str | None) -> type:
             super().begin()
             if module:
                 self.k.run_cell(f"import {module} as _module\nglobals().update({{k: v for k, v in vars(_module).items() if not k.startswith('__')}})")
+                self.k.run_cell(KEYWORD_COMMENTS)
 
         def __call__(self, cell):
             if cell.cell_type == "code" and re.search(r"^show_doc\(", cell.source or "", re.M):
@@ -267,7 +280,7 @@ def stage_site(stage: Path, output: Path) -> None:
     settings = yaml.safe_load((NBS / "nbdev.yml").read_text(encoding="utf-8"))
     settings["project"]["output-dir"] = os.path.relpath(output, stage)
     (stage / "nbdev.yml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
-    for name in ("styles.css", "favicon.svg"):
+    for name in ("styles.css", "scripts.html", "favicon.svg"):
         shutil.copy2(NBS / name, stage / name)
 
     os.environ["IN_TEST"] = "1"  # so that nothing is exported while definitions are read
