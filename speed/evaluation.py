@@ -126,12 +126,12 @@ def main():
                 for name in PEERS:
                     seconds[name] += taken[name] * factor * (1 if corpus == pool else len(languages) / 3)  # three of eleven corpora stand for all
                     if corpus == pool:
-                        found = scores.per_query.query("task == 'multi' and query_language == @language").iloc[: len(rows)]
-                        differences[name] = max(differences[name], *[float(abs(values[name][measure] - found[measure]).max()) for measure in MEASURES])
+                        pooled = scores.per_query.query("task == 'multi' and query_language == @language").iloc[: len(rows)]
+                        differences[name] = max(differences[name], *[float(abs(values[name][measure] - pooled[measure]).max()) for measure in MEASURES])
         for name in PEERS:
             times[name].append(seconds[name])
     assert max(differences.values()) < 1e-4, differences
-    best = {name: min(found[1:]) for name, found in times.items()}
+    best = {name: min(rounds[1:]) for name, rounds in times.items()}
     result = {
         "comparisons": [compared("every measure of every query", "seconds", best["ours"], name, best[name]) for name in (*PEERS, "bare matrix product")],
         "largest difference of a measure of a query": {name: float(f"{difference:.1e}") for name, difference in differences.items()},

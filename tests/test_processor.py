@@ -160,6 +160,7 @@ def test_packed_gradients_are_those_of_the_network(folder, pooling):
         with autocast(encoder.device, precision):
             assert encoder.packs() == (precision == "bf16")
             if portions:
+                processor.gelu_table.cache_clear()  # the first step of a process makes it, between two passes that must save the same
                 vectors = Towers(encoder)(tokens, mini_batch_size=1)
             else:
                 vectors = encoder.embed_tokens(tokens)
