@@ -57,6 +57,7 @@ reports: $(STAMP)
 speed: $(STAMP)
 	for script in speed/*.py; do $(BIN)/python $$script || exit 1; done
 	$(BIN)/python speed/evaluation.py --xm3600
+	$(BIN)/python speed/paper_encoders.py --steps 2 --query-length 64 --passage-length 256 --peer-steps 0
 	$(BIN)/python speed/index_scale.py --rows 200000 --factories Flat HNSW32 IVF1024,Flat IVF1024,PQ48 OPQ48,IVF1024,PQ96
 	$(BIN)/python speed/index_scale.py --corpus xquad_r --factories Flat HNSW32 IVF128,Flat IVF128,PQ64 --training-rows 13014
 
