@@ -849,6 +849,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'hybrid_ir/training.py'),
                                     'hybrid_ir.training.Towers': ('training.html#towers', 'hybrid_ir/training.py'),
                                     'hybrid_ir.training.Towers.__init__': ('training.html#towers.__init__', 'hybrid_ir/training.py'),
+                                    'hybrid_ir.training.Towers.embed_portion': ( 'training.html#towers.embed_portion',
+                                                                                 'hybrid_ir/training.py'),
                                     'hybrid_ir.training.Towers.forward': ('training.html#towers.forward', 'hybrid_ir/training.py'),
                                     'hybrid_ir.training.Trainer': ('training.html#trainer', 'hybrid_ir/training.py'),
                                     'hybrid_ir.training.Trainer.__init__': ('training.html#trainer.__init__', 'hybrid_ir/training.py'),

@@ -260,9 +260,12 @@ class Towers(nn.Module):
             return self.encoder.embed_tokens(texts, 4 * self.encoder.token_budget)  # each pass back makes a gradient of all word embeddings: few passes
         by_length = np.argsort([len(tokens) for tokens in texts], kind="stable")
         portions = [by_length[start : start + 2 * mini_batch_size] for start in range(0, len(texts), 2 * mini_batch_size)]
-        embed = self.encoder.vectors_of_chunk()
-        vectors = [checkpoint(embed, [texts[row] for row in portion], use_reentrant=False) for portion in portions]
+        vectors = [checkpoint(self.embed_portion, [texts[row] for row in portion], use_reentrant=False) for portion in portions]
         return torch.cat(vectors)[torch.from_numpy(np.argsort(by_length)).to(vectors[0].device)]
+
+    def embed_portion(self, texts: list[np.ndarray]) -> torch.Tensor:
+        "Unit vectors of texts sorted by length. Weights in bfloat16 are copied anew for each portion, so that the gradients of portions are added up in float32."
+        return self.encoder.vectors_of_chunk()(texts)
 
 # %% ../nbs/06_training.ipynb #bb8bd299
 def gather_rows(accelerator: Accelerator, own: torch.Tensor) -> torch.Tensor:
