@@ -24,9 +24,7 @@ from hybrid_ir.training import Trainer, training_options
 
 ENCODER = load_encoder("me5-small-q4", device="cpu", precision="auto")
 PAIRS = complete_pairs(1280)  # to draw from, in nine languages: the same for all, because word embeddings in use need memory, too
-
-
-SHAPES = 16
+SHAPES = 16  # of products, that one step lets oneDNN keep
 
 
 def our_step(batch_size: int, portion: int | None, length: int, shapes: int | None = None) -> dict:

@@ -106,11 +106,8 @@ def fold(cell: dict, report: bool) -> None:
 SOURCE_LINK = re.compile(r"\]\(/blob/[^/]+/\w+/(\w+)\.py#L\w+\)")
 
 
-LINKED_CODE = re.compile(r"\[`([^`\n]+)`\]\([^)\n]*\)")
-
-
 def finish_cell(cell: dict, source: Path) -> None:
-    "Point the `source` link of each signature at the page of this site that shows the module; inside a signature are no links."
+    "Point the `source` link of each signature at the page of this site that shows the module."
     for output in cell.get("outputs", []):
         data = output.get("data") or {}
         if "text/markdown" in data:
@@ -118,8 +115,7 @@ def finish_cell(cell: dict, source: Path) -> None:
             name = re.search(r"^#+ (\S+)$", text, re.M)
             anchor = f"#{name.group(1).split('.')[-1].lower()}" if name else ""  # a method that was added with @patch has a heading of its own
             up = "../" * (len(site_path(source).parts) - 1)
-            text = SOURCE_LINK.sub(lambda m: f"]({up}source/{m.group(1)}.md{anchor})", text)
-            data["text/markdown"] = re.sub(r"^```python\n.*?^```$", lambda m: LINKED_CODE.sub(r"`\1`", m.group(0)), text, flags=re.M | re.S)
+            data["text/markdown"] = SOURCE_LINK.sub(lambda m: f"]({up}source/{m.group(1)}.md{anchor})", text)
 
 
 HEAD = re.compile(r"\A\s*# \S[^\n]*\n(?:\s*\n)*(?:> [^\n]*\n?)?")
@@ -147,7 +143,17 @@ _docments._param_locs = lambda source, returns=True, args_kwargs=True: _location
 
 def processors(module: str | None) -> type:
     "nbdev's processors; but signatures come from the exported module, where nbdev would run cells of the notebook, and stand in its order."
-    from nbdev.processors import FilterDefaults, add_show_docs, exec_show_docs, mv_exports
+    from nbdev.doclinks import NbdevLookup
+    from nbdev.processors import FilterDefaults, add_links, add_show_docs, exec_show_docs, mv_exports
+
+    def link_names(cell):
+        "Links to the definitions that a text names; in outputs, too, none inside a block of code."
+        link = NbdevLookup().linkify
+        if cell.cell_type == "markdown":
+            cell.source = link(cell.source)
+        for data in (output.get("data") or {} for output in cell.get("outputs", [])):
+            if "text/markdown" in data:
+                data["text/markdown"] = link("".join(data["text/markdown"]))
 
     class signatures(add_show_docs):
         "The signatures of an exported cell in the order of its definitions, with full names, above the source."
@@ -180,7 +186,7 @@ def processors(module: str | None) -> type:
 
     class Processors(FilterDefaults):
         def base_procs(self):
-            ours = {add_show_docs: signatures, exec_show_docs: read_show_docs}
+            ours = {add_show_docs: signatures, exec_show_docs: read_show_docs, add_links: link_names}
             return [ours.get(proc, proc) for proc in super().base_procs() if proc is not mv_exports]
 
     return Processors
