@@ -11,11 +11,13 @@ Needs the data folder (HYBRID_IR_DATA). Writes speed/results/where_time_goes.jso
 import argparse
 import os
 import time
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
 import torch
 from _entries import compared, entries, write_result
+from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from training_and_encoding import BATCH, LENGTH, complete_pairs, hybrid_options, sample_texts
@@ -68,12 +70,17 @@ def short_encoder():
     return load_encoder("me5-small-q4", device="cpu", query_length=LENGTH, passage_length=LENGTH)
 
 
+def operations_of_linear(tokens: tuple[int, ...], weight: tuple[int, ...], *others, **options) -> int:
+    "Operations of a product that oneDNN adds a bias to, from the shapes; PyTorch does not count these."
+    return 2 * int(np.prod(tokens)) * weight[0]
+
+
 def training_parts(pairs, steps: int) -> tuple[dict, float]:
     "Milliseconds of a step by part, and the operations of a step."
     encoder, started = short_encoder(), time.process_time()
     trainer = make_trainer(pairs, encoder)
     tokenising = (time.process_time() - started) / len(pairs) * BATCH  # if every pair is used once
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.mkldnn._linear_pointwise.default: operations_of_linear}) as counter:
         trainer.step()
     clock = Clock()
     clock.watch(training, "batch_loss", "forward")
@@ -156,22 +163,41 @@ def trainers(pairs) -> dict[str, training.Trainer]:
     return found
 
 
-def step_with(trainer: training.Trainer, owner, name: str, other):
-    "A step in which something in `hybrid_ir.processor` is another one."
+def attention_of_pytorch(projected: torch.Tensor, runs: list[tuple[int, int]], heads: int, share: float) -> torch.Tensor:
+    "What `processor.Attention` does, by operations of PyTorch: products and softmax with gradients, else its fused attention."
+    parts = []
+    for (texts, length), run in zip(runs, projected.split([texts * length for texts, length in runs]), strict=True):
+        query, key, value = run.view(texts, length, 3, heads, -1).permute(2, 0, 3, 1, 4)
+        if torch.is_grad_enabled():
+            found = processor.drop((query * query.shape[-1] ** -0.5 @ key.transpose(2, 3)).softmax(-1), share) @ value
+        else:
+            found = F.scaled_dot_product_attention(query, key, value)
+        parts.append(found.transpose(1, 2).reshape(texts * length, -1))
+    return torch.cat(parts)
 
-    def step():
-        with mock.patch.object(owner, name, other):
-            trainer.step()
 
-    return step
-
-
-USUAL_EMBED = processor.PackedBert.embed
+def join_of_pytorch(made: torch.Tensor, around: torch.Tensor, gain: torch.Tensor, offset: torch.Tensor, eps: float, share: float) -> tuple[torch.Tensor, torch.Tensor]:
+    "What `processor.Join` does, by operations of PyTorch."
+    hidden = F.layer_norm(processor.drop(made, share) + around, gain.shape, gain, offset, eps)
+    return hidden, hidden.bfloat16()
 
 
-def embed_in_bf16(self: processor.PackedBert, token_lists: list[np.ndarray]) -> torch.Tensor:
-    "What goes into the first layer in bf16, so that all that follows stays in it."
-    return USUAL_EMBED(self, token_lists).bfloat16()
+def feed_forward_of_pytorch(tokens: torch.Tensor, up: torch.Tensor, up_bias: torch.Tensor, down: torch.Tensor, down_bias: torch.Tensor) -> torch.Tensor:
+    "What `processor.FeedForward` does, by operations of PyTorch."
+    return F.linear(F.gelu(F.linear(tokens, up, up_bias)), down, down_bias)
+
+
+OF_PYTORCH = {"Attention": attention_of_pytorch, "Join": join_of_pytorch, "FeedForward": feed_forward_of_pytorch, "Linear": F.linear}
+
+
+def by_pytorch(call, *names: str):
+    "A call in which these functions of `hybrid_ir.processor` are operations of PyTorch."
+
+    def run():
+        with mock.patch.multiple(processor, **{name: SimpleNamespace(apply=OF_PYTORCH[name]) for name in names}):
+            return call()
+
+    return run
 
 
 def tried_in_training(pairs, rounds: int, precision: str) -> list[dict]:
@@ -188,15 +214,18 @@ def tried_in_training(pairs, rounds: int, precision: str) -> list[dict]:
     dense, sparse = (found[name].encoder.backbone.get_input_embeddings().num_embeddings for name in ("stream", "usual"))
     rest = sum(parameter.numel() for parameter in encoder.parameters())
     adam = share_of(whole, "adamw", "embedding_dense_backward", "linalg_vector_norm")
-    random, gelu, casts = share_of(plain, "bernoulli", "div_"), share_of(padded, "gelu"), share_of(padded, "copy_")
+    random, gelu, casts, softmax = share_of(plain, "bernoulli", "div_"), share_of(padded, "gelu"), share_of(padded, "copy_"), share_of(padded, "softmax")
+    norms = share_of(padded, "layer_norm", "aten::add") + casts / 2
     as_kept = computed["padded"] / (lengths.sum() if bf16 else computed["padded"])
     rows = [variant("as it is", 1.0, "", usual.step, "yes")]
     if bf16:
         packed = 1 / as_kept * (1 - gelu) * (1 - 0.7 * casts)
         rows += [
             variant("padded, with the layers of transformers", packed, f"padding, and of its time {gelu:.0%} are GELU and {casts:.0%} conversions", found["padded"].step, "where packing is not possible"),
-            variant("GELU computed, not looked up", 1 - gelu, "its share with the layers of transformers", step_with(usual, processor, "TableGelu", PlainGelu), "no"),
-            variant("bf16 between the layers, too", 1.03, "conversions of what goes between layers", step_with(usual, processor.PackedBert, "embed", embed_in_bf16), "no: gradients four times less exact"),
+            variant("without padding, softmax and dropout of attention by PyTorch", 1 - softmax, f"softmax is {softmax:.0%} of the time with padding", by_pytorch(usual.step, "Attention"), "no"),
+            variant("without padding, dropout, sum, norm and rounding one after the other", 1 - norms, f"norms, sums and half of the conversions are {norms:.0%} of it", by_pytorch(usual.step, "Join"), "no"),
+            variant("without padding, GELU by PyTorch", 1 - gelu, f"GELU is {gelu:.0%} of it", by_pytorch(usual.step, "FeedForward"), "no"),
+            variant("without padding, all of this by PyTorch", (1 - softmax) * (1 - norms) * (1 - gelu), "the three before", by_pytorch(usual.step, *OF_PYTORCH), "no"),
         ]  # fmt: skip
     else:
         packed = 1.0
@@ -211,12 +240,6 @@ def tried_in_training(pairs, rounds: int, precision: str) -> list[dict]:
     for trainer in found.values():
         trainer.feed.close()
     return [{name: value for name, value in row.items() if name != "result"} for row in results]
-
-
-class PlainGelu:
-    "PyTorch's GELU in the place of `TableGelu`."
-
-    apply = staticmethod(torch.nn.functional.gelu)
 
 
 def padding_of_a_collection() -> dict:
@@ -275,6 +298,9 @@ def encoding_variants(texts: list[str], rounds: int, peaks: dict[str, float]) ->
             variant("the same with the whole network in bf16", saved * (1 - 0.5 * elsewhere), "half of these", lambda: padded(whole), "no"),
             variant("fp32", 1 / (slow * peaks["bf16"] / peaks["fp32"] + 1 - slow), f"{slow:.0%} of its time are products of weights, {peaks['bf16'] / peaks['fp32']:.1f} times as slow", lambda: fp32.encode(texts, "passage", progress=False), "precision=\"fp32\""),
         ]  # fmt: skip
+    if precision == "bf16":
+        fused = share_of(found, "attention")
+        rows.append(variant("PyTorch's fused attention", 1 - fused, f"at least: {fused:.0%} of the time with padding", by_pytorch(rows[0]["run"], "Attention"), "no"))
     rows += [
         variant("16,384 tokens at a time", 1.0, "", with_budget(16_384), "no"),
         variant("512 tokens at a time", 1.0, "", with_budget(512), "no"),

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from hybrid_ir import processor
 from hybrid_ir.encoders import autocast, load_encoder
 from hybrid_ir.pairs import load_pairs
-from hybrid_ir.processor import Dropout, PackedBert, TableGelu, attention_by_products, can_be_packed, drop, quicken_training
+from hybrid_ir.processor import Attention, Dropout, FeedForward, Join, Linear, PackedBert, attention_by_products, can_be_packed, drop, quicken_training
 from hybrid_ir.training import Towers, set_dropout, train
 
 
@@ -141,15 +141,92 @@ def test_what_cannot_be_packed_is_padded(folder):
     assert not can_be_packed(load_encoder("use-multilingual-v3", device="cpu").backbone)
 
 
-def test_gelu_of_the_table_is_that_of_pytorch_for_every_number():
+def test_gelu_is_that_of_pytorch_for_every_number():
     numbers = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
-    numbers = numbers[numbers.isfinite()].requires_grad_()
-    found, usual = TableGelu.apply(numbers), F.gelu(numbers)
-    assert torch.allclose(found, usual, rtol=0.004, atol=1e-30, equal_nan=True)
-    (slopes,), (usual_slopes,) = (torch.autograd.grad(values.sum(), numbers) for values in (found, usual))
-    assert torch.allclose(slopes, usual_slopes, atol=0.01, equal_nan=True)
-    across = torch.randn(6, 10).bfloat16().T.requires_grad_()  # not contiguous
-    assert torch.equal(TableGelu.apply(across), F.gelu(across))
+    numbers = numbers[numbers.abs() < 1e4]
+    values, again, slopes = torch.empty_like(numbers), torch.empty_like(numbers), torch.ones_like(numbers)
+    processor.on_rows(processor.gelu, 1, len(numbers), processor.bits_of(numbers), processor.bits_of(values))
+    processor.on_rows(processor.gelu_back, 1, len(numbers), *map(processor.bits_of, (numbers, slopes, again)))
+    exact = numbers.float().requires_grad_()
+    usual = F.gelu(exact)
+    (usual_slopes,) = torch.autograd.grad(usual.sum(), exact)
+    assert torch.equal(values, again)
+    assert torch.allclose(values.float(), usual, rtol=0.004, atol=2e-6)
+    assert torch.allclose(slopes.float(), usual_slopes, rtol=0.004, atol=2e-6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 3), st.integers(1, 70)), min_size=1, max_size=3), st.sampled_from([0.1, 1.0, 3.0]), st.integers(0, 2**31))
+def test_attention_of_runs_is_that_of_pytorch(runs, spread, seed):
+    torch.manual_seed(seed)
+    heads, width, sizes = 2, 16, [texts * length for texts, length in runs]
+    projected = (torch.randn(sum(sizes), 3 * width) * spread).bfloat16().requires_grad_()
+    exact = projected.detach().float().requires_grad_()
+    parts = [part.view(texts, length, 3, heads, -1).permute(2, 0, 3, 1, 4) for (texts, length), part in zip(runs, exact.split(sizes), strict=True)]
+    usual = torch.cat([F.scaled_dot_product_attention(*part).transpose(1, 2).reshape(-1, width) for part in parts])
+    found, wish = Attention.apply(projected, runs, heads, 0.0), torch.randn(sum(sizes), width)
+    (gradient,), (usual_gradient,) = (torch.autograd.grad((values * wish).sum(), source) for values, source in ((found, projected), (usual, exact)))
+    rounding = 0.02 + 0.01 * spread  # scores are bfloat16
+    assert (found - usual).norm() < rounding * usual.norm()
+    assert (gradient - usual_gradient).norm() < 3 * rounding * usual_gradient.norm() + 1e-3
+
+
+def parts_of_a_layer(share: float, seed: int) -> list[torch.Tensor]:
+    "What attention, the feed-forward part and the join of a layer make of 300 texts, with their gradients."
+    torch.manual_seed(seed)
+    projected, tokens, weights = torch.randn(6000, 48), torch.randn(6000, 16), [torch.randn(shape) for shape in ((64, 16), (64,), (16, 64), (16,))]
+    given = [part.bfloat16().requires_grad_() for part in (projected, tokens, *weights)] + [part.requires_grad_() for part in (torch.randn(6000, 16), torch.randn(16), torch.randn(16))]
+    attended = Attention.apply(given[0], [(100, 25), (100, 35)], 2, share)
+    hidden, half = Join.apply(attended + FeedForward.apply(*given[1:6]), *given[6:], 1e-5, share)
+    wish = torch.randn(6000, 16)
+    return [hidden, half, *torch.autograd.grad((hidden * wish + half * wish).sum(), given)]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1])
+def test_threads_change_nothing(share):
+    usual = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        with mock.patch.object(processor, "workers", side_effect=AssertionError("one thread needs no others")):
+            alone = parts_of_a_layer(share, 0)
+        torch.set_num_threads(3)
+        with mock.patch.object(processor, "workers", side_effect=processor.workers) as asked:
+            together = parts_of_a_layer(share, 0)
+        assert asked.called
+    finally:
+        torch.set_num_threads(usual)
+    for one, other in zip(alone, together, strict=True):
+        assert torch.allclose(one.float(), other.float(), rtol=1e-2, atol=1e-2)
+    assert torch.allclose(alone[0], together[0], atol=1e-4) or share == 0.0
+
+
+def test_dropped_attention_and_joins_have_the_gradient_of_the_masks_they_drew():
+    "A function whose masks depend on the seed alone is compared with its difference quotient."
+    torch.manual_seed(0)
+    projected, around = torch.randn(30, 48).bfloat16(), torch.randn(30, 16)
+    gain, offset, wish = torch.rand(16) + 0.5, torch.randn(16), torch.randn(30, 16)
+
+    def value(projected, around):
+        torch.manual_seed(1)
+        made = Attention.apply(projected, [(2, 15)], 2, 0.3)
+        return (Join.apply(made, around, gain, offset, 1e-5, 0.3)[0] * wish).sum()
+
+    given = projected.clone().requires_grad_(), around.clone().requires_grad_()
+    gradients = torch.autograd.grad(value(*given), given)
+    direction = torch.randn(30, 16)
+    slope = (value(projected, around + 1e-2 * direction) - value(projected, around - 1e-2 * direction)) / 2e-2
+    assert abs(slope - (gradients[1] * direction).sum()) < 0.02 * slope.abs() + 0.05
+    direction = torch.randn(30, 48)
+    slope = (value((projected + 0.2 * direction).bfloat16(), around) - value((projected - 0.2 * direction).bfloat16(), around)) / 0.4
+    assert abs(slope - (gradients[0] * direction).sum()) < 0.1 * gradients[0].float().norm() * direction.norm() / 10
+
+
+def test_a_linear_layer_has_the_gradient_of_pytorch():
+    torch.manual_seed(0)
+    given = [torch.randn(shape).bfloat16().requires_grad_() for shape in ((9, 8), (5, 8), (5,))]
+    wish = torch.randn(9, 5)
+    for one, other in zip(*(torch.autograd.grad((layer(*given) * wish).sum(), given) for layer in (Linear.apply, F.linear)), strict=True):
+        assert torch.allclose(one.float(), other.float(), rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
@@ -160,7 +237,6 @@ def test_packed_gradients_are_those_of_the_network(folder, pooling):
         with autocast(encoder.device, precision):
             assert encoder.packs() == (precision == "bf16")
             if portions:
-                processor.gelu_table.cache_clear()  # the first step of a process makes it, between two passes that must save the same
                 vectors = Towers(encoder)(tokens, mini_batch_size=1)
             else:
                 vectors = encoder.embed_tokens(tokens)
