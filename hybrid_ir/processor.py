@@ -490,8 +490,9 @@ def __call__(
     pooling: str,  # mean or cls
 ) -> torch.Tensor:  # float32 [n, dim], rows of length 1
     "Unit vectors of tokenised texts."
-    runs = [(len(list(texts)), length) for length, texts in groupby(map(len, token_lists))]
-    parts = self.token_vectors(token_lists, runs).split([texts * length for texts, length in runs])
+    filled = token_lists + [token_lists[0][:1]] * (-sum(map(len, token_lists)) % 8)
+    runs = [(len(list(texts)), length) for length, texts in groupby(map(len, filled))]
+    parts = self.token_vectors(filled, runs).split([texts * length for texts, length in runs])
     texts = [part.view(*run, -1) for run, part in zip(runs, parts, strict=True)]
     pooled = [text[:, 0].float() if pooling == "cls" else text.float().mean(1) for text in texts]
-    return F.normalize(torch.cat(pooled), dim=-1)
+    return F.normalize(torch.cat(pooled)[: len(token_lists)], dim=-1)
