@@ -325,12 +325,14 @@ def test_gradient_caching_keeps_the_memory_of_a_portion(folder, pairs):
 
 
 def test_training_with_gradient_caching_gives_the_same_weights(folder, pairs):
-    trained = []
+    "As near as AdamW allows, which takes a whole step even where a gradient is as small as its rounding."
+    start, changes = torch.cat([parameter.flatten() for parameter in tiny(folder).parameters()]).detach(), []
     for portions in (None, 3):
         encoder = tiny(folder)
         train(encoder, pairs, progress=False, mini_batch_size=portions, **OPTIONS | dict(steps=6, dropout=0.0))
-        trained.append(torch.cat([parameter.flatten() for parameter in encoder.parameters()]))
-    assert torch.allclose(*trained, atol=1e-4) and not torch.allclose(trained[0], torch.cat([parameter.flatten() for parameter in tiny(folder).parameters()]), atol=1e-3)
+        changes.append(torch.cat([parameter.flatten() for parameter in encoder.parameters()]).detach() - start)
+    plain, cached = changes
+    assert plain.abs().max() > 1e-3 and (cached - plain).norm() < 0.01 * plain.norm()
 
 
 def test_tokens_in_advance_or_batch_by_batch(folder, pairs, monkeypatch, tmp_path):
@@ -341,7 +343,7 @@ def test_tokens_in_advance_or_batch_by_batch(folder, pairs, monkeypatch, tmp_pat
         encoder = tiny(folder)
         train(encoder, pairs, progress=False, **options)
         weights.append(torch.cat([parameter.flatten() for parameter in encoder.parameters()]))
-    assert torch.allclose(*weights, atol=1e-4)
+    assert (weights[0] - weights[1]).norm() < 1e-3 * weights[0].norm()
     stopped = Trainer(tiny(folder), pairs, training_options(**options), tmp_path, progress=False)
     for _ in range(4):
         stopped.step()
