@@ -169,10 +169,10 @@ def attention_of_pytorch(projected: torch.Tensor, runs: list[tuple[int, int]], h
     for (texts, length), run in zip(runs, projected.split([texts * length for texts, length in runs]), strict=True):
         query, key, value = run.view(texts, length, 3, heads, -1).permute(2, 0, 3, 1, 4)
         if torch.is_grad_enabled():
-            found = processor.drop((query * query.shape[-1] ** -0.5 @ key.transpose(2, 3)).softmax(-1), share) @ value
+            found, _ = processor.attention_by_products(SimpleNamespace(training=True), query, key, value, None, dropout=share)
         else:
-            found = F.scaled_dot_product_attention(query, key, value)
-        parts.append(found.transpose(1, 2).reshape(texts * length, -1))
+            found = F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+        parts.append(found.reshape(texts * length, -1))
     return torch.cat(parts)
 
 
