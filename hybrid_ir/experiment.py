@@ -34,7 +34,7 @@ from accelerate import PartialState
 
 import hybrid_ir
 from .benchmarks import BENCHMARKS, Benchmark, load_benchmark
-from .encoders import KNOWN_LANGUAGES, Encoder, check_encoder_name, choose_device, choose_precision, load_encoder
+from .encoders import KNOWN_LANGUAGES, PRECISIONS, Encoder, check_encoder_name, choose_device, choose_precision, load_encoder
 from .evaluation import DamagedFile, Scores, embed, read_part, read_sealed, score_embeddings, seal
 from .index import encode_corpus, encoder_identity
 from .pairs import ParallelPairs, load_pairs
@@ -96,7 +96,7 @@ class RunConfig(TrainingOptions):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         super().__post_init__()
         check_encoder_name(self.encoder)
-        choose_precision(self.precision, choose_device(self.device))
+        choose_device(self.device), choose("precision", self.precision, PRECISIONS)
         if not self.benchmarks:
             raise ValueError("a run needs at least one benchmark")
         for benchmark in self.benchmarks:

@@ -302,7 +302,7 @@ def pooling_of(
 def from_sentence_transformer(
     model,  # a SentenceTransformer, or its folder or hub name
     device: str = "auto",  # auto, cpu, cuda or mps
-    precision: str = "auto",  # auto, fp32 or bf16
+    precision: str = "auto",  # auto, fp32, bf16 or int8
     **overrides,  # any field of `EncoderConfig`: prefixes, lengths
 ) -> Encoder:
     "An `Encoder` with the weights, pooling, prompts and lengths of a sentence-transformers model. A `SentenceTransformer` shares its weights with it."

@@ -34,7 +34,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from .encoders import Encoder, autocast, choose_precision
+from .encoders import PRECISIONS, Encoder, autocast, choose_precision
 from .losses import info_nce
 from .pairs import ParallelPairs
 from .processor import quicken_training
@@ -458,6 +458,8 @@ class Trainer:
     "The parts of one training run."
 
     def __init__(self, encoder: Encoder, pairs: ParallelPairs, options: TrainingOptions, folder: Path | None, progress: bool):
+        if encoder.precision == "int8":
+            raise ValueError(f"the precision of the encoder is 'int8', which is for encoding only; to train, load it in one of {', '.join(PRECISIONS)}")
         self.accelerator = Accelerator(cpu=encoder.device.type == "cpu", step_scheduler_with_optimizer=False, kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
         self.encoder, self.options, self.folder, self.show = encoder, options, folder, progress and self.accelerator.is_main_process
         self.own = own_share(options.batch_size, self.accelerator)

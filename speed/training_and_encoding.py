@@ -30,6 +30,7 @@ from hybrid_ir.training import Trainer, batch_loss, set_dropout, training_option
 CLOCK = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
 LANGUAGES = ["ar", "de", "en", "es", "hi", "ru", "th", "tr", "zh"]
 BATCH, LENGTH, TEMPERATURE, RATE = 100, 64, 0.02, 3e-5
+INT8 = ", half of our products in int8"
 
 
 def peer_model(folder: str, dtype: torch.dtype = torch.float32, length: int = LENGTH) -> SentenceTransformer:
@@ -143,6 +144,11 @@ def sample_texts(count: int, name: str = "xquad_r") -> tuple[list[str], list[str
     return tuple([table["text"].iloc[row] for part in slices.values() for row in rng.choice(np.arange(part.start, part.stop), min(count, part.stop - part.start), replace=False)] for table, slices in chosen)
 
 
+def our_encoding(encoder, passages: list[str], queries: list[str]) -> np.ndarray:
+    "What this library makes of the texts."
+    return np.concatenate([encoder.encode(queries, "query", progress=False), encoder.encode(passages, "passage", progress=False)])
+
+
 def peer_encoding(model: SentenceTransformer, passages: list[str], queries: list[str]) -> np.ndarray:
     "What sentence-transformers makes of the texts."
     return np.concatenate([model.encode(["query: " + text for text in queries]), model.encode(["passage: " + text for text in passages])])
@@ -168,20 +174,21 @@ def main():
         gradients = compare_gradients(folder, pairs)
         for _ in range(arguments.rounds):
             encoder, peer, half = our_encoder(folder), peer_model(folder), peer_model(folder, torch.bfloat16) if bf16 else None
+            ours = {"": encoder} | ({INT8: our_encoder(folder, "int8")} if bf16 else {})
             for title, (passages, queries) in texts.items():
-                work = f"encoding {title}"
-                ours = timed(work, "ours", lambda: np.concatenate([encoder.encode(queries, "query", progress=False), encoder.encode(passages, "passage", progress=False)]))
-                theirs = timed(work, "sentence-transformers, as it comes (fp32)", lambda: peer_encoding(peer, passages, queries))
-                agreement[title] = round(float((ours * theirs).sum(1).min()), 6)
+                theirs = timed(f"encoding {title}", "sentence-transformers, as it comes (fp32)", lambda: peer_encoding(peer, passages, queries))
                 if bf16:
-                    timed(work, "sentence-transformers, bf16", lambda: peer_encoding(half, passages, queries))
+                    timed(f"encoding {title}", "sentence-transformers, bf16", lambda: peer_encoding(half, passages, queries))
+                for how, one in ours.items():
+                    vectors = timed(f"encoding {title}{how}", "ours", lambda: our_encoding(one, passages, queries))
+                    agreement[title + how] = round(float((vectors * theirs).sum(1).min()), 6)
             taken, batches = our_training(encoder, pairs, arguments.steps)
             seconds.setdefault(("training", "ours"), []).append(taken)
             for who, half_precision in (("sentence-transformers, as it comes (fp32)", False), ("sentence-transformers, bf16", True))[: 1 + bf16]:
                 seconds.setdefault(("training", who), []).append(peer_training(folder, pairs, batches, bf16=half_precision))
     units = {f"encoding {title}": (len(passages) + len(queries), "texts per second") for title, (passages, queries) in texts.items()} | {"training": (BATCH * arguments.steps, "pairs per second")}
-    rates = {(work, who): units[work][0] / min(times) for (work, who), times in seconds.items()}
-    comparisons = [compared(work, units[work][1], rates[work, "ours"], who, rate) for (work, who), rate in rates.items() if who != "ours"]
+    rates = {(work, who): units[work.removesuffix(INT8)][0] / min(times) for (work, who), times in seconds.items()}
+    comparisons = [compared(work + how, units[work][1], rates[work + how, "ours"], who, rate) for (work, who), rate in rates.items() if who != "ours" for how in ("", INT8) if (work + how, "ours") in rates]
     results = {
         "comparisons": sorted(comparisons, key=lambda row: row["work"], reverse=True), "pairs in a batch": BATCH, "tokens of a text, at most": LENGTH, "smallest cosine between our vectors and theirs": agreement,
         "difference of gradients from theirs in fp32, relative": gradients, "bf16 in hardware": bf16, "time": "of the processor" if CLOCK is time.process_time else "on the wall",

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from unittest import mock
 
 import numpy as np
@@ -15,9 +16,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from hybrid_ir import processor
-from hybrid_ir.encoders import autocast, load_encoder
+from hybrid_ir.encoders import autocast, choose_precision, load_encoder
 from hybrid_ir.pairs import load_pairs
-from hybrid_ir.processor import Attention, Dropout, FeedForward, Join, Linear, PackedBert, attention_by_products, can_be_packed, drop, quicken_training
+from hybrid_ir.processor import Attention, Dropout, FeedForward, Int8Linear, Join, Linear, PackedBert, attention_by_products, can_be_packed, drop, gelu_of_sums, quicken_training
 from hybrid_ir.training import Towers, set_dropout, train
 
 
@@ -123,6 +124,71 @@ def test_packed_vectors_are_those_of_the_network(folder, pooling, fused):
     usual = fp32.encode(TEXTS, "passage")
     assert (packed * usual).sum(1).min() > 0.9995 and np.abs(np.linalg.norm(packed, axis=1) - 1).max() < 1e-5
     assert np.array_equal(packed[0], packed[4])
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 70), st.integers(1, 30), st.sampled_from([0.0, 1e-20, 1.0, 1e20]), st.integers(0, 2**31))
+def test_a_layer_of_int8_is_the_product_of_rounded_numbers(rows, dim, out, size, seed):
+    "Beside the same rounding by PyTorch in float64, with columns of very different size."
+    torch.manual_seed(seed)
+    numbers = torch.randn(rows, dim) * torch.logspace(-2, 2, dim) * size
+    weight, bias = torch.randn(out, dim), torch.randn(out) * size
+    largest = numbers.abs().amax(0)
+    layer = Int8Linear(weight, bias, largest)
+    spread = (largest.clamp(min=1e-6) / weight.abs().amax(0).clamp(min=1e-6)).sqrt()
+
+    def rounded(part: torch.Tensor) -> torch.Tensor:
+        step = part.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
+        return (part / step).round() * step
+
+    usual = rounded((numbers / spread).double()) @ rounded((weight * spread).double()).T + bias
+    error = (layer(numbers) - usual).abs().amax(1)
+    assert (error <= 0.015 * usual.abs().amax(1) + 1e-30).all()  # bfloat16, and numbers between two steps
+    found, wanted = layer(numbers, gelu_of_sums), F.gelu(usual)
+    assert torch.isfinite(found).all() and ((found - wanted).abs() <= 0.02 * usual.abs().amax(1, keepdim=True) + 1e-30).all()
+
+
+def test_a_layer_of_int8_with_columns_of_zeros():
+    layer = Int8Linear(torch.zeros(3, 5), torch.ones(3), torch.zeros(5))
+    assert torch.equal(layer(torch.zeros(2, 5)), torch.ones(2, 3).bfloat16()) and torch.equal(layer(torch.randn(2, 5)), torch.ones(2, 3).bfloat16())
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_vectors_in_int8_are_nearly_those_of_the_network(folder, pooling):
+    fp32, bf16, int8 = (load_encoder(str(folder), device="cpu", precision=precision, pooling=pooling) for precision in ("fp32", "bf16", "int8"))
+    usual, half, found = (encoder.encode(TEXTS, "passage") for encoder in (fp32, bf16, int8))
+    assert (found * usual).sum(1).min() > 0.999 and not np.array_equal(found, half)
+    assert np.abs(np.linalg.norm(found, axis=1) - 1).max() < 1e-5
+    assert (found * np.concatenate([int8.encode([text], "passage") for text in TEXTS])).sum(1).min() > 0.9995  # company does not matter
+    with torch.no_grad(), autocast(int8.device, "int8"):
+        assert (int8.embed_tokens(int8.tokenize(TEXTS, "passage")).numpy() * found).sum(1).min() > 0.9999
+    with autocast(int8.device, "int8"):  # with gradients, in bfloat16
+        vectors = int8.embed_tokens(int8.tokenize(TEXTS, "passage"))
+    assert vectors.requires_grad and (vectors.detach().numpy() * half).sum(1).min() > 0.9999
+
+
+def test_real_weights_in_int8():
+    "Columns of very different size, as networks have them after training."
+    texts = [f"{word} {text}" for text in TEXTS[:3] for word in ("Why", "Warum", "पर")]
+    usual, found = (load_encoder("me5-small-q4", device="cpu", precision=precision).encode(texts) for precision in ("fp32", "int8"))
+    assert (found * usual).sum(1).min() > 0.9994
+
+
+def test_what_cannot_be_in_int8_says_so(folder):
+    with pytest.raises(ValueError, match="use-multilingual-v3.*int8.*valid: auto, fp32, bf16"):
+        load_encoder("use-multilingual-v3", device="cpu", precision="int8")
+    with pytest.raises(ValueError, match="int8.*for the device cpu, not cuda; valid there: auto, fp32, bf16"):
+        choose_precision("int8", torch.device("cuda"))
+    encoder = load_encoder(str(folder), device="cpu", precision="int8")
+    with pytest.raises(ValueError, match="int8.*encoding only.*auto, fp32, bf16"):
+        train(encoder, load_pairs("sample", languages=["de", "en"]), batch_size=4, steps=2, heldout=0, progress=False)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_int8_warns_where_it_is_slow(folder, fast, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": fast}, raising=False)
+    with pytest.warns(UserWarning, match="slower than in 'fp32'") if not fast else nullcontext():
+        load_encoder(str(folder), device="cpu", precision="int8")
 
 
 def test_company_and_order_do_not_matter(folder):

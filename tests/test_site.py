@@ -99,6 +99,7 @@ return {
   words: document.querySelector("main").innerText.split(/\\s+/).length,
   formulas: document.querySelectorAll("main math").length,
   flat: [...document.querySelectorAll("main math")].filter(element => !shown(element)).map(element => element.textContent),
+  rootless: [...document.querySelectorAll("main msqrt")].filter(root => shown(root) && root.getBoundingClientRect().width - root.lastElementChild.getBoundingClientRect().right + root.firstElementChild.getBoundingClientRect().left < 4).map(element => element.textContent),
   raw: [...document.querySelectorAll(".math")].filter(element => !element.querySelector("math")).map(element => element.textContent),
   images: document.querySelectorAll("main img").length,
   broken: [...document.querySelectorAll("img")].filter(image => !image.naturalWidth).map(image => image.src.slice(0, 80)),
@@ -135,6 +136,7 @@ def read(browser, url: str) -> dict:
     assert not page["broken"], f"pictures that do not load: {page['broken']}"
     assert not page["raw"], f"formulas that are not drawn: {page['raw']}"
     assert not page["flat"], f"formulas without a size: {page['flat']}"
+    assert not page["rootless"], f"roots without their sign: {page['rootless']}"
     return page
 
 

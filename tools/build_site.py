@@ -361,7 +361,7 @@ def write_font(characters: set[str], target: Path) -> None:
     font = TTFont(files("ziamath") / "fonts" / "STIXTwoMath-Regular.ttf")
     options = subset.Options(flavor="woff", hinting=False, layout_features=["*"], name_IDs=["*"])
     subsetter = subset.Subsetter(options)
-    letters = [*range(0x1D400, 0x1D468), 0x210E, *range(0x1D6A8, 0x1D71C)]  # bold, italic, Greek: made by the browser
+    letters = [*range(0x1D400, 0x1D468), 0x210E, *range(0x1D6A8, 0x1D71C), 0x221A]  # bold, italic, Greek and the sign of a root: made by the browser
     subsetter.populate(unicodes=[*range(0x20, 0x7F), *letters, *(ord(c) for c in characters)])
     subsetter.subset(font)
     font.flavor = "woff"
