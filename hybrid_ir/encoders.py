@@ -159,19 +159,6 @@ class Encoder(nn.Module):
         self.token_budget = 2048 if self.device.type == "cpu" else 32768  # tokens per chunk: a matter of speed and memory, not of results
         self.padding_budget = self.token_budget // 4  # tokens of padding per chunk: about what one more pass through the network costs
 
-    def check_precision(self):
-        "Raise `ValueError` for a precision that this network cannot encode in; warn of one that this processor is slow in."
-        if choose_precision(self.precision, self.device) != "int8":
-            return
-        if not self.can_pack():
-            raise ValueError(f"encoder {self.config.name!r} cannot encode in 'int8', as BERT and XLM-R with pooling mean or cls can; valid: {', '.join(PRECISIONS)}")
-        if not has_fast_bf16(self.device):
-            warnings.warn("this processor multiplies neither int8 nor bf16 in hardware: encoding in 'int8' works, but is slower than in 'fp32'", stacklevel=4)
-
-    def can_pack(self) -> bool:
-        "Whether texts can go through this network without padding."
-        return self.device.type == "cpu" and self.config.pooling != "pooler" and can_be_packed(self.backbone)
-
     @property
     def dim(self) -> int:
         "Length of the vectors."
@@ -204,6 +191,12 @@ def pad(self: Encoder, token_lists: list[np.ndarray]) -> tuple[torch.Tensor, tor
 
 # %% ../nbs/03_encoders.ipynb #92ef5b4f
 @patch
+def can_pack(self: Encoder) -> bool:
+    "Whether texts can go through this network without padding."
+    return self.device.type == "cpu" and self.config.pooling != "pooler" and can_be_packed(self.backbone)
+
+
+@patch
 def packs(self: Encoder) -> bool:
     "Whether texts go through the network without padding, here and now: `autocast` decides it, too."
     in_bf16 = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
@@ -223,6 +216,17 @@ def vectors_of_chunk(self: Encoder):
         packed = PackedBert(self.backbone, int8=self.precision == "int8" and not torch.is_grad_enabled())
         return lambda token_lists: packed(token_lists, self.config.pooling)
     return lambda token_lists: self(*self.pad(token_lists))
+
+# %% ../nbs/03_encoders.ipynb #c66291be
+@patch
+def check_precision(self: Encoder):
+    "Raise `ValueError` for a precision that this network cannot encode in; warn of one that this processor is slow in."
+    if choose_precision(self.precision, self.device) != "int8":
+        return
+    if not self.can_pack():
+        raise ValueError(f"encoder {self.config.name!r} cannot encode in 'int8', as BERT and XLM-R with pooling mean or cls can; valid: {', '.join(PRECISIONS)}")
+    if not has_fast_bf16(self.device):
+        warnings.warn("this processor does not multiply both int8 and bf16 in hardware: encoding in 'int8' works, but is slower than in 'fp32'", stacklevel=4)
 
 # %% ../nbs/03_encoders.ipynb #d778673a
 @patch

@@ -112,6 +112,7 @@ def test_without_options_it_is_the_main_job():
         ("run --sampler hybird", "'hybird' (choose from"), ("run --steps ten", "--steps: invalid whole number value: 'ten'"), ("run --alpha 2", "alpha must be a number from 0 to 1, not 2.0"),
         ("run --encoder me5", "unknown encoder 'me5'; valid: me5-small-q4"), ("run --benchmarks xquad", "unknown benchmark 'xquad'; valid: sample, xquad_r"), ("run --train parallel_doc", "valid: sample, parallel_docs"),
         ("run --batch-size 500 --encoder use-multilingual-v3", "a batch_size up to 86 works"), ("evaluate me5-small-q4 --tasks multy", "unknown task 'multy'; valid: mono, cross, multi"),
+        ("run --precision int8", "'int8' (choose from"), ("evaluate use-multilingual-v3 --device cpu --precision int8", "'use-multilingual-v3' cannot encode in 'int8'"),
         ("evaluate me5-small-q4 --measures map@x", "map@x"), ("evaluate me5-small-q4 --benchmarks sample:xx", "'xx'; valid: ar"), ("evaluate", "ENCODER"),
         ("sample-batches --batches 0", "batches must be a whole number of at least 1, not 0"), ("study --only [", "'[' is not a regular expression"), ("study --encoder me5", "valid: use-multilingual-v3"), ("inform", "'inform' (choose from"),
     ],
