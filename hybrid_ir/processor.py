@@ -466,11 +466,11 @@ def gelu_of_sums(first, last, width, sums: np.ndarray, steps: np.ndarray, column
 
 # %% ../nbs/02_processor.ipynb #fa0688dd
 class Int8Linear:
-    "A linear layer with products of int8, without gradients. `largest` [dim]: the size of each input at its largest."
+    "A linear layer with products of int8, without gradients. `largest` [dim]: the size of each input at its largest; `rows`: of the weights, those that sizes are shared with."
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, largest: torch.Tensor):
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, largest: torch.Tensor, rows: slice = slice(None)):
         weight = weight.float()
-        spread = (largest.clamp(min=1e-6) / weight.abs().amax(0).clamp(min=1e-6)).sqrt()
+        spread = (largest.clamp(min=1e-6) / weight[rows].abs().amax(0).clamp(min=1e-6)).sqrt()
         weight = weight * spread
         columns = weight.abs().amax(1).clamp(min=1e-30) / 127
         self.weight = (weight / columns[:, None]).round().to(torch.int8).T
@@ -566,7 +566,7 @@ def round_layers(self: PackedBert):
     for layer in self.layers:
         largest = hidden.abs().amax(0)
         hidden, half = self.attend(layer, hidden, half, runs)
-        layer[0] = Int8Linear(*layer[0], largest)
+        layer[0] = Int8Linear(*layer[0], largest, rows=slice(2 * len(largest), None))  # of the values
         largest = hidden.abs().amax(0)
         hidden, half = self.feed_forward(layer, hidden, half)
         layer[2] = Int8Linear(*layer[2], largest)

@@ -169,9 +169,9 @@ def test_vectors_in_int8_are_nearly_those_of_the_network(folder, pooling):
 
 def test_real_weights_in_int8():
     "Columns of very different size, as networks have them after training."
-    texts = [f"{word} {text}" for text in TEXTS[:3] for word in ("Why", "Warum", "पर")]
+    texts = [f"{word} {text[:100]}" for text in TEXTS[:3] for word in ("Why", "पर")]
     usual, found = (load_encoder("me5-small-q4", device="cpu", precision=precision).encode(texts) for precision in ("fp32", "int8"))
-    assert (found * usual).sum(1).min() > 0.9994
+    assert (found * usual).sum(1).min() > 0.9995
 
 
 def test_what_cannot_be_in_int8_says_so(folder):
