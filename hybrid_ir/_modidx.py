@@ -652,7 +652,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'hybrid_ir.processor.fuses_bf16': ('processor.html#fuses_bf16', 'hybrid_ir/processor.py'),
                                      'hybrid_ir.processor.gelu': ('processor.html#gelu', 'hybrid_ir/processor.py'),
                                      'hybrid_ir.processor.gelu_back': ('processor.html#gelu_back', 'hybrid_ir/processor.py'),
-                                     'hybrid_ir.processor.gelu_of_sums': ('processor.html#gelu_of_sums', 'hybrid_ir/processor.py'),
                                      'hybrid_ir.processor.join_back': ('processor.html#join_back', 'hybrid_ir/processor.py'),
                                      'hybrid_ir.processor.join_rows': ('processor.html#join_rows', 'hybrid_ir/processor.py'),
                                      'hybrid_ir.processor.narrow': ('processor.html#narrow', 'hybrid_ir/processor.py'),

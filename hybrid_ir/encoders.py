@@ -100,7 +100,7 @@ def choose_precision(precision: str = "auto", device: torch.device = torch.devic
 # %% ../nbs/03_encoders.ipynb #7145941c
 def autocast(device: torch.device, precision: str):
     "A context in which matrix products run in `precision`, fp32 or bf16; weights stay float32. What is in int8 lies inside of it, in `PackedBert`."
-    return nullcontext() if precision == "fp32" else torch.autocast(device.type, dtype=torch.bfloat16)
+    return torch.autocast(device.type, dtype=torch.bfloat16) if precision in ("bf16", "int8") else nullcontext()
 
 # %% ../nbs/03_encoders.ipynb #8a188b47
 def length_chunks(

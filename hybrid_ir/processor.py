@@ -7,7 +7,7 @@ __all__ = ['GOLDEN', 'BITS', 'loop', 'FUSED', 'SUM_ROWS', 'PACKED', 'attention_b
            'Dropout', 'quicken_training', 'float_of', 'bits_of_float', 'widen', 'narrow', 'exp2', 'workers', 'on_rows',
            'bits_of', 'rows_of_block', 'softmax_rows', 'softmax_back', 'Attention', 'fuses_bf16', 'product', 'Linear',
            'normal', 'gelu', 'gelu_back', 'FeedForward', 'join_rows', 'join_back', 'Join', 'rows_of', 'round_rows',
-           'scale_sums', 'gelu_of_sums', 'Int8Linear', 'can_be_packed', 'PackedBert']
+           'scale_sums', 'Int8Linear', 'can_be_packed', 'PackedBert']
 
 # %% ../nbs/02_processor.ipynb #6d798b4f
 import os
@@ -447,22 +447,13 @@ def round_rows(first, last, width, numbers: np.ndarray, shrink: np.ndarray, whol
 
 # %% ../nbs/02_processor.ipynb #61a9bd86
 @loop
-def scale_sums(first, last, width, sums: np.ndarray, steps: np.ndarray, columns: np.ndarray, bias: np.ndarray, found: np.ndarray):
-    "bfloat16 of sums [n, width] times the steps of row and column, plus bias."
-    for row in range(first, last):
-        own, into, step = sums[row], found[row], steps[row]
-        for place in range(width):
-            into[place] = narrow(np.float32(own[place]) * step * columns[place] + bias[place])
-
-
-@loop
-def gelu_of_sums(first, last, width, sums: np.ndarray, steps: np.ndarray, columns: np.ndarray, bias: np.ndarray, found: np.ndarray):
-    "GELU of the same."
+def scale_sums(first, last, width, sums: np.ndarray, steps: np.ndarray, columns: np.ndarray, bias: np.ndarray, with_gelu, found: np.ndarray):
+    "bfloat16 of sums [n, width] times the steps of row and column, plus bias; or GELU of it."
     for row in range(first, last):
         own, into, step = sums[row], found[row], steps[row]
         for place in range(width):
             number = np.float32(own[place]) * step * columns[place] + bias[place]
-            into[place] = narrow(number * normal(number)[0])
+            into[place] = narrow(number * normal(number)[0] if with_gelu else number)
 
 # %% ../nbs/02_processor.ipynb #fa0688dd
 class Int8Linear:
@@ -476,13 +467,13 @@ class Int8Linear:
         self.weight = (weight / columns[:, None]).round().to(torch.int8).T
         self.shrink, self.columns, self.bias = (1 / spread).numpy(), columns.numpy(), bias.float().numpy()
 
-    def __call__(self, numbers: torch.Tensor, kernel=scale_sums) -> torch.Tensor:
-        "bfloat16 [n, out] of float32 numbers [n, dim]; kernel: `scale_sums` or `gelu_of_sums`."
+    def __call__(self, numbers: torch.Tensor, with_gelu: bool = False) -> torch.Tensor:
+        "bfloat16 [n, out] of float32 numbers [n, dim]; with GELU, if asked."
         whole, steps = torch.empty(numbers.shape, dtype=torch.int8), np.empty(len(numbers), np.float32)
         on_rows(round_rows, *numbers.shape, numbers.numpy(), self.shrink, whole.numpy(), steps)
         sums = torch._int_mm(whole, self.weight)
         found = torch.empty(sums.shape, dtype=torch.bfloat16)
-        on_rows(kernel, *sums.shape, sums.numpy(), steps, self.columns, self.bias, rows_of(found))
+        on_rows(scale_sums, *sums.shape, sums.numpy(), steps, self.columns, self.bias, with_gelu, rows_of(found))
         return found
 
 # %% ../nbs/02_processor.ipynb #9fd9d0d1
@@ -542,7 +533,7 @@ def attend(self: PackedBert, layer: list, hidden: torch.Tensor, half: torch.Tens
 def feed_forward(self: PackedBert, layer: list, hidden: torch.Tensor, half: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     "The second half."
     _, _, up, down, _, norm = layer
-    made = product(up(hidden, gelu_of_sums), *down) if isinstance(up, Int8Linear) else FeedForward.apply(half, *up, *down)
+    made = product(up(hidden, with_gelu=True), *down) if isinstance(up, Int8Linear) else FeedForward.apply(half, *up, *down)
     return Join.apply(made, hidden, *norm, self.eps, self.dropout)
 
 

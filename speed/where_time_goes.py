@@ -29,15 +29,20 @@ from hybrid_ir.encoders import autocast, choose_precision, has_fast_bf16, length
 CPU = torch.device("cpu")
 
 
-def matrix_peak(rounds: int, dtype: torch.dtype, size: int = 2048) -> float:
-    "Operations a second of a product of two square matrices."
-    first, second = torch.rand(2, size, size).to(dtype)
+def fastest(call, rounds: int) -> float:
+    "Seconds of the processor of the fastest of five calls a round."
     times = []
     for _ in range(5 * rounds):
         started = time.process_time()
-        first @ second
+        call()
         times.append(time.process_time() - started)
-    return 2 * size**3 / min(times)
+    return min(times)
+
+
+def matrix_peak(rounds: int, dtype: torch.dtype, size: int = 2048) -> float:
+    "Operations a second of a product of two square matrices."
+    first, second = torch.rand(2, size, size).to(dtype)
+    return 2 * size**3 / fastest(lambda: first @ second, rounds)
 
 
 class Clock:
@@ -254,35 +259,21 @@ def int8_gain(rounds: int, precision: str) -> float:
     "How many times as fast one layer of weights is in int8."
     layer, vectors, seconds = torch.nn.Sequential(torch.nn.Linear(384, 1536)), torch.rand(2048, 384), []
     for module, how in ((layer, precision), (torch.ao.quantization.quantize_dynamic(layer, {torch.nn.Linear}, dtype=torch.qint8), "fp32")):
-        times = []
         with autocast(CPU, how):
-            for _ in range(5 * rounds):
-                started = time.process_time()
-                module(vectors)
-                times.append(time.process_time() - started)
-        seconds.append(min(times))
+            seconds.append(fastest(lambda: module(vectors), rounds))
     return seconds[0] / seconds[1]
 
 
 def int8_products(rounds: int) -> float:
     "How many times as fast a product is in int8 as in bfloat16, without rounding and scaling."
-    numbers, weights, seconds = torch.randint(-127, 128, (2048, 384), dtype=torch.int8), torch.randint(-127, 128, (1536, 384), dtype=torch.int8), []
+    numbers, weights = (torch.randint(-127, 128, (rows, 384), dtype=torch.int8) for rows in (2048, 1536))
     halves, bias = (numbers.bfloat16(), weights.bfloat16()), torch.zeros(1536, dtype=torch.bfloat16)
-    for product in (lambda: processor.product(*halves, bias), lambda: torch._int_mm(numbers, weights.T)):
-        times = []
-        for _ in range(5 * rounds):
-            started = time.process_time()
-            product()
-            times.append(time.process_time() - started)
-        seconds.append(min(times))
-    return seconds[0] / seconds[1]
+    return fastest(lambda: processor.product(*halves, bias), rounds) / fastest(lambda: torch._int_mm(numbers, weights.T), rounds)
 
 
 def encoding_variants(texts: list[str], rounds: int, peaks: dict[str, float]) -> list[dict]:
     "What was tried for encoding."
-    usual, fp32, quantised, compiled, whole, *int8 = (
-        load_encoder("me5-small-q4", device="cpu", precision=precision, passage_length=LENGTH) for precision in ("auto", "fp32", "fp32", "auto", "fp32", *["int8"] * has_fast_bf16(CPU))
-    )
+    usual, fp32, quantised, compiled, whole = (load_encoder("me5-small-q4", device="cpu", precision=precision, passage_length=LENGTH) for precision in ("auto", "fp32", "fp32", "auto", "fp32"))
     precision = choose_precision("auto", CPU)
     quantised.backbone = torch.ao.quantization.quantize_dynamic(quantised.backbone, {torch.nn.Linear}, dtype=torch.qint8)
     compiled.backbone.compile(dynamic=True)
@@ -309,16 +300,15 @@ def encoding_variants(texts: list[str], rounds: int, peaks: dict[str, float]) ->
     saved = lengths.sum() / padded_tokens(tokens, chunks)
     rows = [variant("as it is", 1.0, "", lambda: usual.encode(texts, "passage", progress=False), "yes")]
     if precision == "bf16":
+        fused, share, faster = share_of(found, "attention"), 7 / 12 * weights, int8_products(rounds)
+        int8 = load_encoder("me5-small-q4", device="cpu", precision="int8", passage_length=LENGTH)
         rows += [
             variant("padded, with the layers of transformers (bf16 by autocast)", saved * (1 - 0.8 * elsewhere), f"padding, and {elsewhere:.0%} of its time are conversions, sums and GELU", lambda: padded(usual), "where packing is not possible"),
             variant("the same with the whole network in bf16", saved * (1 - 0.5 * elsewhere), "half of these", lambda: padded(whole), "no"),
             variant("fp32", 1 / (slow * peaks["bf16"] / peaks["fp32"] + 1 - slow), f"{slow:.0%} of its time are products of weights, {peaks['bf16'] / peaks['fp32']:.1f} times as slow", lambda: fp32.encode(texts, "passage", progress=False), "precision=\"fp32\""),
+            variant("PyTorch's fused attention", 1 - fused, f"at least: {fused:.0%} of the time with padding", by_pytorch(rows[0]["run"], "Attention"), "no"),
+            variant("queries, keys, values and the layer up in int8", 1 / (1 - share + share / faster), f"one product {faster:.1f} times as fast, {share:.0%} of the time", lambda: int8.encode(texts, "passage", progress=False), 'precision="int8"'),
         ]  # fmt: skip
-    if precision == "bf16":
-        fused = share_of(found, "attention")
-        rows.append(variant("PyTorch's fused attention", 1 - fused, f"at least: {fused:.0%} of the time with padding", by_pytorch(rows[0]["run"], "Attention"), "no"))
-        share, faster = 7 / 12 * weights, int8_products(rounds)
-        rows.append(variant("queries, keys, values and the layer up in int8", 1 / (1 - share + share / faster), f"one product {faster:.1f} times as fast, {share:.0%} of the time", lambda: int8[0].encode(texts, "passage", progress=False), 'precision="int8"'))
     rows += [
         variant("16,384 tokens at a time", 1.0, "", with_budget(16_384), "no"),
         variant("512 tokens at a time", 1.0, "", with_budget(512), "no"),

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from hybrid_ir import processor
 from hybrid_ir.encoders import autocast, choose_precision, load_encoder
 from hybrid_ir.pairs import load_pairs
-from hybrid_ir.processor import Attention, Dropout, FeedForward, Int8Linear, Join, Linear, PackedBert, attention_by_products, can_be_packed, drop, gelu_of_sums, quicken_training
+from hybrid_ir.processor import Attention, Dropout, FeedForward, Int8Linear, Join, Linear, PackedBert, attention_by_products, can_be_packed, drop, quicken_training
 from hybrid_ir.training import Towers, set_dropout, train
 
 
@@ -144,7 +144,7 @@ def test_a_layer_of_int8_is_the_product_of_rounded_numbers(rows, dim, out, size,
     usual = rounded((numbers / spread).double()) @ rounded((weight * spread).double()).T + bias
     error = (layer(numbers) - usual).abs().amax(1)
     assert (error <= 0.015 * usual.abs().amax(1) + 1e-30).all()  # bfloat16, and numbers between two steps
-    found, wanted = layer(numbers, gelu_of_sums), F.gelu(usual)
+    found, wanted = layer(numbers, with_gelu=True), F.gelu(usual)
     assert torch.isfinite(found).all() and ((found - wanted).abs() <= 0.02 * usual.abs().amax(1, keepdim=True) + 1e-30).all()
 
 
