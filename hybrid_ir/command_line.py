@@ -405,7 +405,7 @@ def add_evaluate(commands):
     parser.add_argument("--save", metavar="FOLDER", help="write metrics.json and per_query.parquet below this folder")
     parser.add_argument("--k", type=value_type("int"), default=0, metavar="N", help="with --save, also write TREC runs with so many passages per question, and their judgements (default: 0, none)")
     parser.add_argument("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or mps (default: auto)")
-    parser.add_argument("--precision", default="auto", choices=read_constant("encoders", "ENCODING_PRECISIONS"), help="of matrix products (default: auto); int8: of half of them, on a processor")
+    parser.add_argument("--precision", default="auto", choices=read_constant("encoders", "ENCODING_PRECISIONS"), help="of matrix products (default: auto); int8: of those of weights, on a processor")
     parser.add_argument("--pooling", choices=read_constant("encoders", "POOLINGS"), help="how token vectors become one (default: as is known of the encoder)")
     for side in ("query", "passage"):
         parser.add_argument(f"--{side}-prefix", metavar="TEXT", help=f"text before each {side} (default: as is known of the encoder)")

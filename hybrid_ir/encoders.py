@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['POOLINGS', 'KINDS', 'DEVICES', 'PRECISIONS', 'ENCODING_PRECISIONS', 'Q4_BLOCK', 'ME5_LAYER_NAMES',
            'ME5_EMBEDDING_NAMES', 'KNOWN_LANGUAGES', 'USE_DENSE_NAMES', 'ENCODERS', 'E5_STYLE', 'KNOWN_CONFIGS',
-           'HUB_NAME', 'EncoderConfig', 'choose_device', 'has_fast_bf16', 'choose_precision', 'autocast',
-           'length_chunks', 'pool', 'check_texts', 'Encoder', 'dequantize_q4', 'ByteReader', 'read_me5_file',
-           'me5_parameter_name', 'build_me5_backbone', 'build_me5_tokenizer', 'UseBranch', 'UseModel',
-           'read_use_weights', 'protobuf_fields', 'build_use_tokenizer', 'bundled_file', 'load_me5_small_q4',
-           'load_use_multilingual_v3', 'encoder_config', 'check_encoder_name', 'no_file_bars', 'load_backbone',
-           'check_pooling', 'load_encoder']
+           'HUB_NAME', 'EncoderConfig', 'choose_device', 'cpu_has', 'has_fast_bf16', 'has_fast_int8',
+           'choose_precision', 'autocast', 'length_chunks', 'pool', 'check_texts', 'Encoder', 'dequantize_q4',
+           'ByteReader', 'read_me5_file', 'me5_parameter_name', 'build_me5_backbone', 'build_me5_tokenizer',
+           'UseBranch', 'UseModel', 'read_use_weights', 'protobuf_fields', 'build_use_tokenizer', 'bundled_file',
+           'load_me5_small_q4', 'load_use_multilingual_v3', 'encoder_config', 'check_encoder_name', 'no_file_bars',
+           'load_backbone', 'check_pooling', 'load_encoder']
 
 # %% ../nbs/03_encoders.ipynb #2044ead9
 import json
@@ -82,12 +82,22 @@ PRECISIONS = ("auto", "fp32", "bf16")
 ENCODING_PRECISIONS = ("auto", "fp32", "bf16", "int8")
 
 # %% ../nbs/03_encoders.ipynb #02abbebd
+def cpu_has(*names: str) -> bool:
+    "Whether this processor has one of these instructions; PyTorch knows their names."
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return any(capabilities.get(name) for name in names)
+
+
 def has_fast_bf16(device: torch.device) -> bool:
     "Whether the hardware itself multiplies bfloat16 matrices."
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return device.type == "cpu" and bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return device.type == "cpu" and cpu_has("avx512_bf16", "amx_bf16")
+
+
+def has_fast_int8(device: torch.device) -> bool:
+    "Whether this is a processor that itself multiplies int8 matrices."
+    return device.type == "cpu" and cpu_has("avx512_vnni", "avx_vnni", "amx_int8")
 
 # %% ../nbs/03_encoders.ipynb #67ebe166
 def choose_precision(precision: str = "auto", device: torch.device = torch.device("cpu")) -> str:
@@ -100,7 +110,7 @@ def choose_precision(precision: str = "auto", device: torch.device = torch.devic
 # %% ../nbs/03_encoders.ipynb #7145941c
 def autocast(device: torch.device, precision: str):
     "A context in which matrix products run in `precision`, fp32 or bf16; weights stay float32. What is in int8 lies inside of it, in `PackedBert`."
-    return torch.autocast(device.type, dtype=torch.bfloat16) if precision in ("bf16", "int8") else nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" or (precision == "int8" and has_fast_bf16(device)) else nullcontext()
 
 # %% ../nbs/03_encoders.ipynb #8a188b47
 def length_chunks(
@@ -191,16 +201,9 @@ def pad(self: Encoder, token_lists: list[np.ndarray]) -> tuple[torch.Tensor, tor
 
 # %% ../nbs/03_encoders.ipynb #92ef5b4f
 @patch
-def can_pack(self: Encoder) -> bool:
-    "Whether texts can go through this network without padding."
-    return self.device.type == "cpu" and self.config.pooling != "pooler" and can_be_packed(self.backbone)
-
-
-@patch
 def packs(self: Encoder) -> bool:
-    "Whether texts go through the network without padding, here and now: `autocast` decides it, too."
-    in_bf16 = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-    return in_bf16 and self.can_pack()
+    "Whether texts go through this network without padding."
+    return self.device.type == "cpu" and self.config.pooling != "pooler" and can_be_packed(self.backbone)
 
 
 @patch
@@ -211,9 +214,10 @@ def chunks(self: Encoder, token_lists: list[np.ndarray], token_budget: int | Non
 
 @patch
 def vectors_of_chunk(self: Encoder):
-    "The function that turns the tokenised texts of a chunk, sorted by length, into unit vectors [n, dim] on their device. It is made from the weights of now."
+    "The function that turns the tokenised texts of a chunk, sorted by length, into unit vectors [n, dim] on their device. It is made from the weights and for the `autocast` of now."
     if self.packs():
-        packed = PackedBert(self.backbone, int8=self.precision == "int8" and not torch.is_grad_enabled())
+        in_bf16 = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+        packed = PackedBert(self.backbone, torch.bfloat16 if in_bf16 else torch.float32, int8=self.precision == "int8" and not torch.is_grad_enabled())
         return lambda token_lists: packed(token_lists, self.config.pooling)
     return lambda token_lists: self(*self.pad(token_lists))
 
@@ -223,10 +227,10 @@ def check_precision(self: Encoder):
     "Raise `ValueError` for a precision that this network cannot encode in; warn of one that this processor is slow in."
     if choose_precision(self.precision, self.device) != "int8":
         return
-    if not self.can_pack():
+    if not self.packs():
         raise ValueError(f"encoder {self.config.name!r} cannot encode in 'int8', as BERT and XLM-R with pooling mean or cls can; valid: {', '.join(PRECISIONS)}")
-    if not has_fast_bf16(self.device):
-        warnings.warn("this processor does not multiply both int8 and bf16 in hardware: encoding in 'int8' works, but is slower than in 'fp32'", stacklevel=4)
+    if not has_fast_int8(self.device):
+        warnings.warn("this processor does not multiply int8 in hardware: encoding in 'int8' works, but is slower than in 'fp32'", stacklevel=4)
 
 # %% ../nbs/03_encoders.ipynb #d778673a
 @patch
@@ -604,7 +608,7 @@ def check_pooling(name: str, backbone: nn.Module, pooling: str):
 def load_encoder(
     name: str,  # bundled name, folder, or hub name
     device: str = "auto",  # auto, cpu, cuda or mps
-    precision: str = "auto",  # auto, fp32 or bf16, for the matrix products; or int8, for half of them, to encode only. Weights stay float32
+    precision: str = "auto",  # auto, fp32 or bf16, for the matrix products; or int8, for those of weights, to encode only. Weights stay float32
     **overrides,  # any field of `EncoderConfig`: pooling, prefixes, lengths
 ) -> Encoder:
     "Load an encoder. Raises `ValueError` for an unknown name, device, precision or pooling; `OSError` if the hub does not have it."

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 
-INSTRUCTIONS = ("avx2", "avx512_f", "avx512_bf16", "amx_bf16")  # that decide how fast products of matrices are
+INSTRUCTIONS = ("avx2", "avx512_f", "avx512_vnni", "avx512_bf16", "amx_bf16")  # that decide how fast products of matrices are
 
 
 def machine() -> dict:
@@ -50,12 +50,13 @@ def compared(work: str, unit: str, ours: float, name: str, peer: float) -> dict:
     return {"work": work, "unit": unit, "ours": float(f"{ours:.4g}"), "peer": float(f"{peer:.4g}"), "name of the peer": name, "ratio": round(ratio, 2)}
 
 
-def write_result(script: str, result: dict, name: str = ""):
-    "Write speed/results/<name, or that of the script>.json and print it."
+def write_result(script: str, result: dict, name: str = "", by_precision: bool = False):
+    "Write speed/results/<name, or that of the script>.json and print it. `by_precision`: processors without bf16 have a file of their own."
     from hybrid_ir.sources import write_json
 
     assert result.keys() >= {"comparisons", "machine", "versions", "command"}
-    target = Path(script).resolve().parent / "results" / f"{name or Path(script).stem}.json"
+    other = "_without_bf16" if by_precision and not result["machine"]["bf16 in hardware"] else ""
+    target = Path(script).resolve().parent / "results" / f"{name or Path(script).stem}{other}.json"
     target.parent.mkdir(exist_ok=True)
     write_json(target, result)
     print(json.dumps(result, indent=1, ensure_ascii=False))

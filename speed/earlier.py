@@ -3,7 +3,7 @@
     python speed/earlier.py [--commit f90f514]
 
 Both train `me5-small-q4` with hybrid batches on the sample and evaluate it, as `make run` does, each in a process with an empty cache, one thread, alternating; the fastest round counts.
-Once more in fp32, so that on hardware with bfloat16 the share of the precision can be told. The earlier code is checked out into a temporary folder. Writes speed/results/earlier.json.
+The precision is that of the hardware, bf16 or fp32. The earlier code is checked out into a temporary folder. Writes speed/results/earlier.json, or earlier_without_bf16.json.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from _entries import compared, entries, write_result
 
-from hybrid_ir.encoders import has_fast_bf16
+from hybrid_ir.encoders import choose_precision
 
 ROOT = Path(__file__).resolve().parent.parent
 JOB = """
@@ -50,24 +50,23 @@ def main():
     parser.add_argument("--rounds", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    precisions, runs = ["fp32"] + ["bf16"] * has_fast_bf16(torch.device("cpu")), {}
+    precision, runs = choose_precision("auto"), {}
     with tempfile.TemporaryDirectory() as folder:
         earlier = Path(folder) / "earlier"
         subprocess.run(["git", "worktree", "add", "--quiet", "--detach", str(earlier), options.commit], cwd=ROOT, check=True)
         try:
             for _ in range(options.rounds):
-                for precision in precisions:
-                    for name, source in (("earlier", earlier), ("now", ROOT)):
-                        runs.setdefault((name, precision), []).append(main_job(source, precision, options.steps))
+                for name, source in (("earlier", earlier), ("now", ROOT)):
+                    runs.setdefault(name, []).append(main_job(source, precision, options.steps))
         finally:
             subprocess.run(["git", "worktree", "remove", "--force", str(earlier)], cwd=ROOT, check=True)
-    best = {key: min(found, key=lambda job: job["seconds"]) for key, found in runs.items()}
+    best = {name: min(found, key=lambda job: job["seconds"]) for name, found in runs.items()}
     results = {
         "unit": "seconds of one processor",
-        "comparisons": [compared(f"the main job in {precision}", "seconds", best["now", precision]["seconds"], f"commit {options.commit}", best["earlier", precision]["seconds"]) for precision in precisions],
-        "runs": [{"code": name, "precision": precision, **{what: round(value, 4) for what, value in job.items()}} for (name, precision), job in best.items()],
+        "comparisons": [compared(f"the main job in {precision}", "seconds", best["now"]["seconds"], f"commit {options.commit}", best["earlier"]["seconds"])],
+        "runs": [{"code": name, "precision": precision, **{what: round(value, 4) for what, value in job.items()}} for name, job in best.items()],
     }  # fmt: skip
-    write_result(__file__, results | entries(__file__, ["torch", "transformers"], options))
+    write_result(__file__, results | entries(__file__, ["torch", "transformers"], options), by_precision=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What a lower precision of encoding gives and what it takes: questions and passages of XQuAD-R in each precision, and what is then found.
 
 The same weights and texts in one run, on one thread; time is that of the processor, for encoding alone. Differences of mAP from fp32 have paired bootstrap intervals over the ids of the questions.
-Precisions that the hardware lacks are left out unless they are named. Needs the data folder (HYBRID_IR_DATA). Writes speed/results/precisions.json and prints it.
+Precisions that the hardware lacks are left out unless they are named. Needs the data folder (HYBRID_IR_DATA). Writes speed/results/precisions.json, or precisions_without_bf16.json, and prints it.
 
     python speed/precisions.py [--languages ar de en] [--precisions fp32 bf16 int8]
 """
@@ -15,7 +15,7 @@ import torch
 from _entries import compared, entries, write_result
 
 from hybrid_ir.benchmarks import load_benchmark
-from hybrid_ir.encoders import ENCODING_PRECISIONS, has_fast_bf16, load_encoder
+from hybrid_ir.encoders import ENCODING_PRECISIONS, has_fast_bf16, has_fast_int8, load_encoder
 from hybrid_ir.evaluation import compare, score_embeddings
 
 
@@ -36,7 +36,8 @@ def main():
     torch.set_num_threads(1)
     benchmark = load_benchmark("xquad_r", options.languages)
     texts, truth, rows = len(benchmark.queries) + len(benchmark.passages), None, []
-    for precision in dict.fromkeys(["fp32", *(options.precisions or (["bf16", "int8"] if has_fast_bf16(torch.device("cpu")) else []))]):
+    fast = [precision for precision, has in (("bf16", has_fast_bf16), ("int8", has_fast_int8)) if has(torch.device("cpu"))]
+    for precision in dict.fromkeys(["fp32", *(options.precisions or fast)]):
         seconds, queries, passages = encoded(precision, benchmark)
         scores, vectors = score_embeddings(benchmark, queries, passages, measures=["map"], k=0, progress=False), np.concatenate([queries, passages])
         truth = truth or (scores, vectors)
@@ -46,7 +47,7 @@ def main():
         print(rows[-1], flush=True)
     comparisons = [compared(f"encoding in {row['precision']}", "texts per second", row["texts per second"], "fp32", rows[0]["texts per second"]) for row in rows[1:]]
     what = {"rows": rows, "languages": len(benchmark.languages), "queries": len(benchmark.queries), "passages": len(benchmark.passages)}
-    write_result(__file__, {"comparisons": comparisons} | what | entries(__file__, ["torch", "transformers"], options))
+    write_result(__file__, {"comparisons": comparisons} | what | entries(__file__, ["torch", "transformers"], options), by_precision=True)
 
 
 if __name__ == "__main__":

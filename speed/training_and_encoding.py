@@ -2,7 +2,7 @@
 
 The same weights, texts, prefixes, batches, lengths and dropout, in one run, alternating, so that a busy machine is busy for both. Of each side the fastest round counts. On one thread (OMP_NUM_THREADS=1), time is that of the processor, so that other work counts little.
 Before that, the gradients of both sides for one batch are compared: in fp32, and in bf16, where each side has its own rounding and the fp32 gradient is the truth.
-Needs the data folder (HYBRID_IR_DATA). Writes speed/results/training_and_encoding.json and prints a table.
+Needs the data folder (HYBRID_IR_DATA). Writes speed/results/training_and_encoding.json, or training_and_encoding_without_bf16.json, and prints it.
 
     python speed/training_and_encoding.py [--steps 4] [--texts 40]
 """
@@ -22,7 +22,7 @@ from sentence_transformers.sentence_transformer.losses import CachedMultipleNega
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 
 from hybrid_ir.benchmarks import load_benchmark
-from hybrid_ir.encoders import autocast, has_fast_bf16, load_encoder
+from hybrid_ir.encoders import autocast, has_fast_bf16, has_fast_int8, load_encoder
 from hybrid_ir.pairs import load_pairs
 from hybrid_ir.samplers import BatchSampler
 from hybrid_ir.training import Trainer, batch_loss, set_dropout, training_options
@@ -30,7 +30,7 @@ from hybrid_ir.training import Trainer, batch_loss, set_dropout, training_option
 CLOCK = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
 LANGUAGES = ["ar", "de", "en", "es", "hi", "ru", "th", "tr", "zh"]
 BATCH, LENGTH, TEMPERATURE, RATE = 100, 64, 0.02, 3e-5
-INT8 = ", half of our products in int8"
+INT8 = ", our products of weights in int8"
 
 
 def peer_model(folder: str, dtype: torch.dtype = torch.float32, length: int = LENGTH) -> SentenceTransformer:
@@ -161,7 +161,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     pairs, texts = complete_pairs(), {title: sample_texts(arguments.texts, name) for title, name in (("XQuAD-R", "xquad_r"), ("XM3600", "xm3600"))}
-    bf16, seconds, agreement = has_fast_bf16(torch.device("cpu")), {}, {}
+    (bf16, int8), seconds, agreement = (has(torch.device("cpu")) for has in (has_fast_bf16, has_fast_int8)), {}, {}
 
     def timed(work: str, who: str, call):
         started = CLOCK()
@@ -174,7 +174,7 @@ def main():
         gradients = compare_gradients(folder, pairs)
         for _ in range(arguments.rounds):
             encoder, peer, half = our_encoder(folder), peer_model(folder), peer_model(folder, torch.bfloat16) if bf16 else None
-            ours = {"": encoder} | ({INT8: our_encoder(folder, "int8")} if bf16 else {})
+            ours = {"": encoder} | ({INT8: our_encoder(folder, "int8")} if int8 else {})
             for title, (passages, queries) in texts.items():
                 theirs = timed(f"encoding {title}", "sentence-transformers, as it comes (fp32)", lambda: peer_encoding(peer, passages, queries))
                 if bf16:
@@ -193,7 +193,7 @@ def main():
         "comparisons": sorted(comparisons, key=lambda row: row["work"], reverse=True), "pairs in a batch": BATCH, "tokens of a text, at most": LENGTH, "smallest cosine between our vectors and theirs": agreement,
         "difference of gradients from theirs in fp32, relative": gradients, "bf16 in hardware": bf16, "time": "of the processor" if CLOCK is time.process_time else "on the wall",
     }  # fmt: skip
-    write_result(__file__, results | entries(__file__, ["torch", "transformers", "sentence-transformers"], arguments))
+    write_result(__file__, results | entries(__file__, ["torch", "transformers", "sentence-transformers"], arguments), by_precision=True)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 The encoder is me5-small-q4, the pairs are those of `training_and_encoding.py`. Floating-point operations are counted by PyTorch; the peak is what one large
 product of matrices reaches in the same run and precision. Every variant does the same work, one after the other in each round, and the fastest round of each counts, the first one
 left out. All on one thread and in seconds of the processor, so that other work on the machine counts little. What to expect of a variant is computed before it runs: from the padding that it adds, or from the share of the time that it can change. torch.compile needs a C++ compiler.
-Needs the data folder (HYBRID_IR_DATA). Writes speed/results/where_time_goes.json.
+Needs the data folder (HYBRID_IR_DATA). Writes speed/results/where_time_goes.json, or where_time_goes_without_bf16.json.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from training_and_encoding import BATCH, LENGTH, complete_pairs, hybrid_options,
 
 from hybrid_ir import processor, training
 from hybrid_ir.benchmarks import load_benchmark
-from hybrid_ir.encoders import autocast, choose_precision, has_fast_bf16, length_chunks, load_encoder
+from hybrid_ir.encoders import autocast, choose_precision, has_fast_bf16, has_fast_int8, length_chunks, load_encoder
 
 CPU = torch.device("cpu")
 
@@ -181,10 +181,10 @@ def attention_of_pytorch(projected: torch.Tensor, runs: list[tuple[int, int]], h
     return torch.cat(parts)
 
 
-def join_of_pytorch(made: torch.Tensor, around: torch.Tensor, gain: torch.Tensor, offset: torch.Tensor, eps: float, share: float) -> tuple[torch.Tensor, torch.Tensor]:
+def join_of_pytorch(made: torch.Tensor, around: torch.Tensor, gain: torch.Tensor, offset: torch.Tensor, eps: float, share: float, rounding: bool) -> tuple[torch.Tensor, torch.Tensor]:
     "What `processor.Join` does, by operations of PyTorch."
     hidden = F.layer_norm(processor.drop(made, share) + around, gain.shape, gain, offset, eps)
-    return hidden, hidden.bfloat16()
+    return hidden, hidden.bfloat16() if rounding else hidden[:0]
 
 
 def feed_forward_of_pytorch(tokens: torch.Tensor, up: torch.Tensor, up_bias: torch.Tensor, down: torch.Tensor, down_bias: torch.Tensor) -> torch.Tensor:
@@ -221,20 +221,15 @@ def tried_in_training(pairs, rounds: int, precision: str) -> list[dict]:
     adam = share_of(whole, "adamw", "embedding_dense_backward", "linalg_vector_norm")
     random, gelu, casts, softmax = share_of(plain, "bernoulli", "div_"), share_of(padded, "gelu"), share_of(padded, "copy_"), share_of(padded, "softmax")
     norms = share_of(padded, "layer_norm", "aten::add") + casts / 2
-    as_kept = computed["padded"] / (lengths.sum() if bf16 else computed["padded"])
-    rows = [variant("as it is", 1.0, "", usual.step, "yes")]
-    if bf16:
-        packed = 1 / as_kept * (1 - gelu) * (1 - 0.7 * casts)
-        rows += [
-            variant("padded, with the layers of transformers", packed, f"padding, and of its time {gelu:.0%} are GELU and {casts:.0%} conversions", found["padded"].step, "where packing is not possible"),
-            variant("without padding, softmax and dropout of attention by PyTorch", 1 - softmax, f"softmax is {softmax:.0%} of the time with padding", by_pytorch(usual.step, "Attention"), "no"),
-            variant("without padding, dropout, sum, norm and rounding one after the other", 1 - norms, f"norms, sums and half of the conversions are {norms:.0%} of it", by_pytorch(usual.step, "Join"), "no"),
-            variant("without padding, GELU by PyTorch", 1 - gelu, f"GELU is {gelu:.0%} of it", by_pytorch(usual.step, "FeedForward"), "no: it keeps more"),
-            variant("without padding, all of this by PyTorch", (1 - softmax) * (1 - norms) * (1 - gelu), "the three before", by_pytorch(usual.step, *OF_PYTORCH), "no"),
-        ]  # fmt: skip
-    else:
-        packed = 1.0
-    rows += [
+    padding = computed["padded"] / lengths.sum()
+    packed, why = (1 / padding * (1 - gelu) * (1 - 0.7 * casts), f"padding, and of its time {gelu:.0%} are GELU and {casts:.0%} conversions") if bf16 else (1 / padding, "padding")
+    rows = [
+        variant("as it is", 1.0, "", usual.step, "yes"),
+        variant("padded, with the layers of transformers", packed, why, found["padded"].step, "where packing is not possible"),
+        variant("without padding, softmax and dropout of attention by PyTorch", 1 - softmax, f"softmax is {softmax:.0%} of the time with padding", by_pytorch(usual.step, "Attention"), "no"),
+        variant("without padding, dropout, sum, norm and rounding one after the other", 1 - norms, f"norms, sums and half of the {'conversions' if bf16 else 'copies'} are {norms:.0%} of it", by_pytorch(usual.step, "Join"), "no"),
+        variant("without padding, GELU by PyTorch", 1 - gelu, f"GELU is {gelu:.0%} of it", by_pytorch(usual.step, "FeedForward"), "no: it keeps more"),
+        variant("without padding, all of this by PyTorch", (1 - softmax) * (1 - norms) * (1 - gelu), "the three before", by_pytorch(usual.step, *OF_PYTORCH), "no"),
         variant("padded, PyTorch's own attention and dropout", packed * (1 - random), f"random numbers take {random:.0%} of its time", found["plain"].step, "no"),
         variant("padded, PyTorch's own attention without dropout in it, our dropout elsewhere", packed, "the same operations", found["attention"].step, "no"),
         variant("padded, questions as long as passages", packed * computed["padded"] / computed["rectangle"], "tokens with padding", found["rectangle"].step, "no"),
@@ -264,11 +259,11 @@ def int8_gain(rounds: int, precision: str) -> float:
     return seconds[0] / seconds[1]
 
 
-def int8_products(rounds: int) -> float:
-    "How many times as fast a product is in int8 as in bfloat16, without rounding and scaling."
+def int8_products(rounds: int, dtype: torch.dtype) -> float:
+    "How many times as fast a product is in int8 as in another type, without rounding and scaling."
     numbers, weights = (torch.randint(-127, 128, (rows, 384), dtype=torch.int8) for rows in (2048, 1536))
-    halves, bias = (numbers.bfloat16(), weights.bfloat16()), torch.zeros(1536, dtype=torch.bfloat16)
-    return fastest(lambda: processor.product(*halves, bias), rounds) / fastest(lambda: torch._int_mm(numbers, weights.T), rounds)
+    others, bias = (numbers.to(dtype), weights.to(dtype)), torch.zeros(1536, dtype=dtype)
+    return fastest(lambda: processor.product(*others, bias), rounds) / fastest(lambda: torch._int_mm(numbers, weights.T), rounds)
 
 
 def encoding_variants(texts: list[str], rounds: int, peaks: dict[str, float]) -> list[dict]:
@@ -296,20 +291,23 @@ def encoding_variants(texts: list[str], rounds: int, peaks: dict[str, float]) ->
     found = shares(lambda: padded(usual))
     products, elsewhere = share_of(found, "addmm", "aten::mm", "bmm", "attention"), share_of(found, "copy_", "gelu", "aten::add")
     slow = share_of(shares(lambda: padded(fp32)), "addmm", "aten::mm")
-    weights, gain = share_of(found, "addmm", "aten::mm"), int8_gain(rounds, precision)
+    weights, gain, fused = share_of(found, "addmm", "aten::mm"), int8_gain(rounds, precision), share_of(found, "attention")
     saved = lengths.sum() / padded_tokens(tokens, chunks)
     rows = [variant("as it is", 1.0, "", lambda: usual.encode(texts, "passage", progress=False), "yes")]
     if precision == "bf16":
-        fused, share, faster = share_of(found, "attention"), 7 / 12 * weights, int8_products(rounds)
-        int8 = load_encoder("me5-small-q4", device="cpu", precision="int8", passage_length=LENGTH)
         rows += [
             variant("padded, with the layers of transformers (bf16 by autocast)", saved * (1 - 0.8 * elsewhere), f"padding, and {elsewhere:.0%} of its time are conversions, sums and GELU", lambda: padded(usual), "where packing is not possible"),
             variant("the same with the whole network in bf16", saved * (1 - 0.5 * elsewhere), "half of these", lambda: padded(whole), "no"),
             variant("fp32", 1 / (slow * peaks["bf16"] / peaks["fp32"] + 1 - slow), f"{slow:.0%} of its time are products of weights, {peaks['bf16'] / peaks['fp32']:.1f} times as slow", lambda: fp32.encode(texts, "passage", progress=False), "precision=\"fp32\""),
-            variant("PyTorch's fused attention", 1 - fused, f"at least: {fused:.0%} of the time with padding", by_pytorch(rows[0]["run"], "Attention"), "no"),
-            variant("queries, keys, values and the layer up in int8", 1 / (1 - share + share / faster), f"one product {faster:.1f} times as fast, {share:.0%} of the time", lambda: int8.encode(texts, "passage", progress=False), 'precision="int8"'),
         ]  # fmt: skip
+    else:
+        rows.append(variant("padded, with the layers of transformers", saved, "padding", lambda: padded(usual), "where packing is not possible"))
+    if has_fast_int8(CPU):
+        share, faster = weights, int8_products(rounds, torch.bfloat16 if precision == "bf16" else torch.float32)
+        int8 = load_encoder("me5-small-q4", device="cpu", precision="int8", passage_length=LENGTH)
+        rows.append(variant("products of weights in int8", 1 / (1 - share + share / faster), f"one product {faster:.1f} times as fast, {share:.0%} of the time", lambda: int8.encode(texts, "passage", progress=False), 'precision="int8"'))
     rows += [
+        variant("PyTorch's fused attention", 1 - fused, f"at least: {fused:.0%} of the time with padding", by_pytorch(rows[0]["run"], "Attention"), "no"),
         variant("16,384 tokens at a time", 1.0, "", with_budget(16_384), "no"),
         variant("512 tokens at a time", 1.0, "", with_budget(512), "no"),
         variant("torch.compile of the padded network, shapes free", saved / products * (1 - 0.8 * elsewhere), f"at most: {products:.0%} of its time are products", lambda: padded(compiled), "no: needs a C++ compiler"),
@@ -355,7 +353,7 @@ def main():
         "share of the peak": round(rate / peaks[used], 2), "share of the peak in encoding": round(encoding_rate / peaks[used], 2), "training": tried_in_training(pairs, options.rounds, used), "encoding": encoding, "texts": len(texts),
         "padding of a collection": padding_of_a_collection(),
     }  # fmt: skip
-    write_result(__file__, results | entries(__file__, ["torch", "transformers"], options))
+    write_result(__file__, results | entries(__file__, ["torch", "transformers"], options), by_precision=True)
 
 
 if __name__ == "__main__":
