@@ -514,7 +514,7 @@ class Int8Linear:
         columns = weight.abs().amax(1).clamp(min=1e-30) / 127
         whole = (weight / columns[:, None]).round()
         self.weight = whole.to(torch.int8).T
-        self.shrink, self.columns, self.totals, self.bias = ((part.float()).numpy() for part in (1 / sizes, columns, whole.sum(1), bias))
+        self.shrink, self.columns, self.totals, self.bias = (part.float().numpy() for part in (1 / sizes, columns, whole.sum(1), bias))
 
     def sums(self, numbers: torch.Tensor) -> tuple[torch.Tensor, np.ndarray]:
         "int32 [n, out] of numbers [n, dim], and the steps of the rows."
@@ -529,6 +529,7 @@ class Int8Linear:
         return found
 
     def __call__(self, numbers: torch.Tensor) -> torch.Tensor:
+        "[n, out] of numbers [n, dim]."
         sums, steps = self.sums(numbers)
         return self.scaled(sums, steps, np.zeros_like(steps), torch.empty(0, sums.shape[1], dtype=self.dtype))
 
@@ -540,6 +541,7 @@ class Int8FeedForward:
         self.up, self.down = up, down
 
     def __call__(self, numbers: torch.Tensor) -> torch.Tensor:
+        "[n, out] of numbers [n, dim]."
         (sums, steps), down = self.up.sums(numbers), self.down
         apart, whole = torch.empty(len(sums), len(down.apart), dtype=down.dtype), torch.empty(sums.shape, dtype=torch.int8)
         found, zeros = np.empty_like(steps), np.empty_like(steps)
@@ -595,7 +597,7 @@ def embed(self: PackedBert, token_lists: list[np.ndarray]) -> tuple[torch.Tensor
     tokens, places = (torch.from_numpy(np.concatenate(parts)).long() for parts in (token_lists, [np.arange(len(text)) for text in token_lists]))
     hidden = F.embedding(tokens, self.words) + F.embedding(places + self.start, self.places)
     hidden = drop(F.layer_norm(hidden, hidden.shape[-1:], *self.norm, self.eps), self.dropout).float()
-    return hidden, hidden.to(self.dtype)
+    return hidden, hidden.to(self.dtype) if self.rounding else hidden
 
 
 @patch
