@@ -7,8 +7,8 @@ __all__ = ['GOLDEN', 'BITS', 'loop', 'FUSED', 'SUM_ROWS', 'FAR', 'PACKED', 'APAR
            'drop', 'Dropout', 'quicken_training', 'float_of', 'bits_of_float', 'higher', 'widen', 'widen_as', 'narrow',
            'narrow_as', 'exp2', 'workers', 'on_rows', 'rows_of', 'bits_of', 'rows_of_block', 'softmax_rows',
            'softmax_back', 'Attention', 'fuses_bf16', 'product', 'Linear', 'normal', 'gelu', 'gelu_back', 'FeedForward',
-           'join_rows', 'join_back', 'Join', 'round_rows', 'round_gelu', 'scale_sums', 'Int8Linear', 'Int8FeedForward',
-           'shared_sizes', 'can_be_packed', 'PackedBert']
+           'join_rows', 'join_back', 'Join', 'shared_sizes', 'round_rows', 'scale_sums', 'Int8Linear', 'round_gelu',
+           'Int8FeedForward', 'can_be_packed', 'PackedBert']
 
 # %% ../nbs/02_processor.ipynb #6d798b4f
 import os
@@ -123,13 +123,13 @@ def bits_of_float(context, number):
     "The 32 bits of a float32."
     return types.uint32(types.float32), lambda context, builder, signature, given: builder.bitcast(given[0], context.get_value_type(types.uint32))
 
-
+# %% ../nbs/02_processor.ipynb #a61089db
 @intrinsic
 def higher(context, one, other):
     "The higher of two float32. Of the highest in a row, unlike that by `max`, Numba makes many at once."
     return types.float32(types.float32, types.float32), lambda context, builder, signature, given: builder.select(builder.fcmp_ordered(">", *given, flags=["fast"]), *given, flags=["fast"])
 
-
+# %% ../nbs/02_processor.ipynb #5e9b09e1
 def widen(number):
     "The float32 of a number that is one, or is the 16 bits of a bfloat16."
 
@@ -451,6 +451,11 @@ class Join(torch.autograd.Function):
         on_rows(join_back, *wide.shape, *map(rows_of, (wide, rounded, normed, scales, gain)), *ctx.masks, *map(rows_of, (made, around, sums)), step=SUM_ROWS)
         return made, around, *sums.sum(0), None, None, None
 
+# %% ../nbs/02_processor.ipynb #6046975a
+def shared_sizes(numbers: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    "[dim], by which SmoothQuant divides numbers [n, dim] like these, and multiplies weights [out, dim]."
+    return (numbers.float().abs().amax(0).clamp(min=1e-6) / weight.float().abs().amax(0).clamp(min=1e-6)).sqrt()
+
 # %% ../nbs/02_processor.ipynb #8561a861
 FAR = np.float32(1.5 * 2**23)  # so far from 0, numbers are a whole 1 apart, and their last bits are the nearest integer
 
@@ -469,40 +474,17 @@ def round_rows(first, last, width, numbers: np.ndarray, shrink: np.ndarray, whol
         for place in range(width):
             into[place] = np.int8(bits_of_float(scaled[place] * share + FAR))
 
-# %% ../nbs/02_processor.ipynb #61a9bd86
-@loop
-def round_gelu(first, last, width, sums: np.ndarray, steps: np.ndarray, columns: np.ndarray, bias: np.ndarray, apart: np.ndarray, whole: np.ndarray, steps_found: np.ndarray, zeros: np.ndarray):
-    "GELU of sums [n, width] times the steps of row and column, plus bias: the first columns as they are, `apart`, the others as int8 `whole`, with step and zero point of each row."
-    values, few = np.empty(width, np.float32), apart.shape[1]
-    others = values[few:]
-    for row in range(first, last):
-        own, into, step, top = sums[row], whole[row], steps[row], np.float32(0)
-        for place in range(width):
-            number = np.float32(own[place]) * step * columns[place] + bias[place]
-            values[place] = number * normal(number)[0]
-        for place in range(few):
-            apart[row, place] = narrow(values[place], apart.dtype)
-        for place in range(len(others)):
-            top = higher(others[place], top)
-        steps_found[row] = (top + np.float32(0.17)) / np.float32(252)
-        share = np.float32(1) / steps_found[row]
-        zeros[row] = np.int32((top - np.float32(0.17)) * share / np.float32(2))
-        shift = FAR - zeros[row]
-        for place in range(width):
-            into[place] = np.int8(bits_of_float(values[place] * share + shift))
-
 # %% ../nbs/02_processor.ipynb #217f20ad
 @loop
 def scale_sums(first, last, width, sums: np.ndarray, steps: np.ndarray, zeros: np.ndarray, columns: np.ndarray, totals: np.ndarray, bias: np.ndarray, rest: np.ndarray, found: np.ndarray):
     "Sums [n, width], plus zero points times the totals of weights, times the steps of row and column, plus bias, and plus `rest`, unless it has no rows."
     for row in range(first, last):
         own, into, step, zero = sums[row], found[row], steps[row], zeros[row]
-        if len(rest):
-            for place in range(width):
-                into[place] = narrow((np.float32(own[place]) + zero * totals[place]) * step * columns[place] + bias[place] + widen(rest[row, place]), found.dtype)
-        else:
-            for place in range(width):
-                into[place] = narrow((np.float32(own[place]) + zero * totals[place]) * step * columns[place] + bias[place], found.dtype)
+        for place in range(width):
+            number = (np.float32(own[place]) + zero * totals[place]) * step * columns[place] + bias[place]
+            if len(rest):
+                number += widen(rest[row, place])
+            into[place] = narrow(number, found.dtype)
 
 # %% ../nbs/02_processor.ipynb #fa0688dd
 class Int8Linear:
@@ -533,7 +515,29 @@ class Int8Linear:
         sums, steps = self.sums(numbers)
         return self.scaled(sums, steps, np.zeros_like(steps), torch.empty(0, sums.shape[1], dtype=self.dtype))
 
+# %% ../nbs/02_processor.ipynb #61a9bd86
+@loop
+def round_gelu(first, last, width, sums: np.ndarray, steps: np.ndarray, columns: np.ndarray, bias: np.ndarray, apart: np.ndarray, whole: np.ndarray, steps_found: np.ndarray, zeros: np.ndarray):
+    "GELU of sums [n, width] times the steps of row and column, plus bias: the first columns as they are, `apart`, the others as int8 `whole`, with step and zero point of each row."
+    values, few = np.empty(width, np.float32), apart.shape[1]
+    others = values[few:]
+    for row in range(first, last):
+        own, into, step, top = sums[row], whole[row], steps[row], np.float32(0)
+        for place in range(width):
+            number = np.float32(own[place]) * step * columns[place] + bias[place]
+            values[place] = number * normal(number)[0]
+        for place in range(few):
+            apart[row, place] = narrow(values[place], apart.dtype)
+        for place in range(len(others)):
+            top = higher(others[place], top)
+        steps_found[row] = (top + np.float32(0.17)) / np.float32(252)
+        share = np.float32(1) / steps_found[row]
+        zeros[row] = np.int32((top - np.float32(0.17)) * share / np.float32(2))
+        shift = FAR - zeros[row]
+        for place in range(width):
+            into[place] = np.int8(bits_of_float(values[place] * share + shift))
 
+# %% ../nbs/02_processor.ipynb #85209db0
 class Int8FeedForward:
     "A linear layer up, GELU, a linear layer down, with products of int8."
 
@@ -547,11 +551,6 @@ class Int8FeedForward:
         found, zeros = np.empty_like(steps), np.empty_like(steps)
         on_rows(round_gelu, *sums.shape, sums.numpy(), steps, self.up.columns, self.up.bias, rows_of(apart), whole.numpy(), found, zeros)
         return down.scaled(torch._int_mm(whole, down.weight), found, zeros, apart @ down.apart)
-
-
-def shared_sizes(numbers: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    "[dim], by which SmoothQuant divides numbers [n, dim] like these, and multiplies weights [out, dim]."
-    return (numbers.float().abs().amax(0).clamp(min=1e-6) / weight.float().abs().amax(0).clamp(min=1e-6)).sqrt()
 
 # %% ../nbs/02_processor.ipynb #9fd9d0d1
 PACKED = ("bert", "xlm-roberta")
@@ -573,7 +572,7 @@ class PackedBert:
         self.attention_dropout = backbone.encoder.layer[0].attention.self.dropout.p if backbone.training else 0.0
         self.words, self.norm = embeddings.word_embeddings.weight, (embeddings.LayerNorm.weight, embeddings.LayerNorm.bias)
         self.places = embeddings.position_embeddings.weight + embeddings.token_type_embeddings.weight[0]
-        self.dtype, self.rounding = dtype, dtype != torch.float32
+        self.dtype, self.rounding = dtype, dtype != torch.float32 and not int8  # int8 is made of float32
         layers = [self.copy_layer(layer) for layer in backbone.encoder.layer]
         self.layers = self.rounded_layers(layers) if int8 else [self.plain_layer(*layer) for layer in layers]
 
@@ -637,18 +636,17 @@ APART = 16  # columns of GELU's values
 def rounded_layers(self: PackedBert, layers: list[list]) -> list[tuple]:
     "The functions of `plain_layer` with products of int8."
     tokens, runs, found = np.random.default_rng(0).integers(len(self.words), size=64), [(1, 64)], []
-    hidden, rounded = self.embed([tokens])
+    hidden, _ = self.embed([tokens])
     for projection, output, up, down, *norms in layers:
-        attended = Attention.apply(product(rounded, *projection), runs, self.heads, 0.0)
-        middle, rounded_middle = self.join(product(attended, *output), hidden, norms[0])
-        values = F.gelu(product(rounded_middle, *up))
+        attended = Attention.apply(product(hidden.to(self.dtype), *projection), runs, self.heads, 0.0)
+        middle, _ = self.join(product(attended, *output), hidden, norms[0])
+        values = F.gelu(product(middle.to(self.dtype), *up))
         order = values.abs().amax(0).argsort(descending=True)
         int8_up = Int8Linear(up[0][order], up[1][order], shared_sizes(middle, up[0]))
         int8_down = Int8Linear(down[0][:, order], down[1], torch.ones(len(order)), APART)
         int8_projection = Int8Linear(*projection, shared_sizes(hidden, projection[0][-hidden.shape[1] :]))
         found.append((int8_projection, Int8Linear(*output, shared_sizes(attended, output[0])), Int8FeedForward(int8_up, int8_down), *norms))
-        hidden, rounded = self.join(product(values, *down), middle, norms[1])
-    self.rounding = False  # float32 goes in
+        hidden, _ = self.join(product(values, *down), middle, norms[1])
     return found
 
 # %% ../nbs/02_processor.ipynb #9c8de109

@@ -303,9 +303,9 @@ def encoding_variants(texts: list[str], rounds: int, peaks: dict[str, float]) ->
     else:
         rows.append(variant("padded, with the layers of transformers", saved, "padding", lambda: padded(usual), "where packing is not possible"))
     if has_fast_int8(CPU):
-        share, faster = weights, int8_products(rounds, torch.bfloat16 if precision == "bf16" else torch.float32)
+        faster = int8_products(rounds, torch.bfloat16 if precision == "bf16" else torch.float32)
         int8 = load_encoder("me5-small-q4", device="cpu", precision="int8", passage_length=LENGTH)
-        rows.append(variant("products of weights in int8", 1 / (1 - share + share / faster), f"one product {faster:.1f} times as fast, {share:.0%} of the time", lambda: int8.encode(texts, "passage", progress=False), 'precision="int8"'))
+        rows.append(variant("products of weights in int8", 1 / (1 - weights + weights / faster), f"one product {faster:.1f} times as fast, {weights:.0%} of the time", lambda: int8.encode(texts, "passage", progress=False), 'precision="int8"'))
     rows += [
         variant("PyTorch's fused attention", 1 - fused, f"at least: {fused:.0%} of the time with padding", by_pytorch(rows[0]["run"], "Attention"), "no"),
         variant("16,384 tokens at a time", 1.0, "", with_budget(16_384), "no"),

@@ -172,6 +172,16 @@ def test_int8_with_gelu_rounds_all_columns_but_those_apart(rows, dim, out, apart
     assert found.dtype == dtype and ((found - usual).abs() <= wrong).all()
 
 
+@pytest.mark.parametrize("size", [0.0, 1e-20, 1.0, 1e20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_with_gelu_stays_finite(size, dtype):
+    torch.manual_seed(0)
+    numbers, up, down = torch.randn(9, 12) * torch.logspace(-2, 2, 12) * size, torch.randn(40, 12).to(dtype), torch.randn(5, 40).to(dtype)
+    layer = Int8FeedForward(Int8Linear(up, torch.zeros(40), shared_sizes(numbers, up)), Int8Linear(down, torch.zeros(5), torch.ones(40), 4))
+    found, usual = layer(numbers).double(), F.gelu(numbers.double() @ up.double().T) @ down.double().T
+    assert torch.isfinite(found).all() and ((found - usual).abs() <= 0.04 * usual.abs().amax(1, keepdim=True) + 0.1).all()
+
+
 def test_a_layer_of_int8_with_columns_of_zeros():
     layer = Int8Linear(torch.zeros(3, 5), torch.ones(3), torch.ones(5))
     assert torch.equal(layer(torch.zeros(2, 5)), torch.ones(2, 3)) and torch.equal(layer(torch.randn(2, 5)), torch.ones(2, 3))
@@ -182,8 +192,8 @@ def test_a_layer_of_int8_with_columns_of_zeros():
 @pytest.mark.parametrize("rest", ["fp32", "bf16"])
 def test_vectors_in_int8_are_nearly_those_of_the_network(folder, pooling, rest, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_vnni": True, "avx512_bf16": rest == "bf16"}, raising=False)
-    fp32, other, int8 = (load_encoder(str(folder), device="cpu", precision=precision, pooling=pooling) for precision in ("fp32", rest, "int8"))
-    usual, half, found = (encoder.encode(TEXTS, "passage") for encoder in (fp32, other, int8))
+    other, int8 = (load_encoder(str(folder), device="cpu", precision=precision, pooling=pooling) for precision in (rest, "int8"))
+    usual, half, found = (encoder.encode(TEXTS, "passage") for encoder in (padded_encoder(folder, pooling=pooling), other, int8))
     assert (found * usual).sum(1).min() > 0.999 and not np.array_equal(found, half)
     assert np.abs(np.linalg.norm(found, axis=1) - 1).max() < 1e-5
     assert (found * np.concatenate([int8.encode([text], "passage") for text in TEXTS])).sum(1).min() > 0.9995  # company does not matter
@@ -262,7 +272,7 @@ def test_attention_of_runs_is_that_of_pytorch(runs, spread, dtype, seed):
     (gradient,), (usual_gradient,) = (torch.autograd.grad((values * wish).sum(), source) for values, source in ((found, projected), (usual, exact)))
     rounding = 0.02 + 0.01 * spread if dtype == torch.bfloat16 else 1e-5 * (1 + spread)  # scores are of that type
     assert (found - usual).norm() < rounding * usual.norm()
-    assert (gradient - usual_gradient).norm() < 3 * rounding * usual_gradient.norm() + 0.05 * rounding
+    assert (gradient - usual_gradient).norm() < 3 * rounding * usual_gradient.norm() + (1e-3 if dtype == torch.bfloat16 else 1e-6)
 
 
 def parts_of_a_layer(share: float, dtype: torch.dtype, seed: int) -> list[torch.Tensor]:
@@ -332,6 +342,7 @@ def test_packed_gradients_are_those_of_the_network(folder, pooling):
         encoder = padded_encoder(folder, pooling=pooling) if precision is None else load_encoder(str(folder), device="cpu", precision=precision, pooling=pooling)
         tokens, wish = encoder.tokenize(TEXTS, "passage"), torch.linspace(-1, 1, encoder.dim)
         with autocast(encoder.device, encoder.precision):
+            assert encoder.packs() == (precision is not None)
             if portions:
                 vectors = Towers(encoder)(tokens, mini_batch_size=1)
             else:
@@ -340,10 +351,10 @@ def test_packed_gradients_are_those_of_the_network(folder, pooling):
         return torch.cat([parameter.grad.flatten() for parameter in encoder.parameters() if parameter.grad is not None])
 
     exact = gradient(None)
-    for precision, error in (("fp32", 1e-5), ("bf16", 0.03)):
+    for precision, error, of_portions in (("fp32", 1e-5, 1e-5), ("bf16", 0.03, 0.02)):
         packed, in_portions = gradient(precision), gradient(precision, portions=True)
         assert exact.shape == packed.shape and (packed - exact).norm() < error * exact.norm()
-        assert (packed - in_portions).norm() < error * exact.norm()
+        assert (packed - in_portions).norm() < of_portions * exact.norm()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -369,10 +380,11 @@ def test_gradients_of_many_portions_are_added_up_in_float32(folder):
     "A hundred portions in bfloat16 give a gradient that is as near to that of float32 as one pass does."
     found = {}
     for precision, portions in (("fp32", None), ("bf16", None), ("bf16", 1)):
-        encoder = load_encoder(str(folder), device="cpu", precision=precision)
+        encoder = padded_encoder(folder) if precision == "fp32" else load_encoder(str(folder), device="cpu", precision=precision)
         set_dropout(encoder, 0.0)
         tokens = encoder.tokenize([f"{text[:40]} {number}" for number in range(40) for text in TEXTS[:5]], "passage")
         with autocast(encoder.device, precision):
+            assert encoder.packs() == (precision == "bf16")
             (Towers(encoder).train()(tokens, mini_batch_size=portions) * torch.linspace(-1, 1, encoder.dim)).sum().backward()
         found[precision, portions] = torch.cat([parameter.grad.flatten() for parameter in encoder.parameters() if parameter.grad is not None])
     exact = found["fp32", None]
