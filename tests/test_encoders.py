@@ -1,6 +1,9 @@
 """The bundled encoders agree with the engines that their weights came with; any local folder works."""
 
+import copy
+import gc
 import json
+import pickle
 import shutil
 import struct
 
@@ -9,7 +12,7 @@ import pytest
 import torch
 from tiny import save_tiny, texts
 
-from hybrid_ir.encoders import KNOWN_LANGUAGES, Encoder, EncoderConfig, UseConfig, UseModel, choose_device, choose_precision, load_encoder, protobuf_fields
+from hybrid_ir.encoders import KNOWN_LANGUAGES, KEPT, Encoder, EncoderConfig, UseConfig, UseModel, choose_device, choose_precision, load_encoder, protobuf_fields
 from hybrid_ir.losses import info_nce
 from hybrid_ir.pairs import load_pairs
 from hybrid_ir.training import train
@@ -66,6 +69,68 @@ def test_local_folders(tiny_folder):
     assert encoder.tokenize(["a b"])[0].tolist() == encoder.tokenizer("Query: a b")["input_ids"]
     cls = load_encoder(str(tiny_folder), device="cpu", pooling="cls", query_prefix="")
     assert not np.allclose(cls.encode(some), vectors, atol=1e-3)
+
+
+def weights_of(folder) -> dict[str, torch.Tensor]:
+    return load_encoder(str(folder), device="cpu").backbone.state_dict()
+
+
+EDITS = {
+    "an optimiser": lambda backbone, other: torch.optim.SGD(backbone.parameters(), lr=0.1).step(),
+    "a state dict": lambda backbone, other: backbone.load_state_dict(other),
+    "a state dict, assigned": lambda backbone, other: backbone.load_state_dict(other, assign=True),
+    "in place": lambda backbone, other: [weight.add_(other[name]) for name, weight in backbone.named_parameters()],
+    "one matrix in place": lambda backbone, other: backbone.encoder.layer[1].output.dense.weight.mul_(2),
+    "the places in place": lambda backbone, other: backbone.embeddings.position_embeddings.weight.add_(other["embeddings.position_embeddings.weight"]),
+    "through .data": lambda backbone, other: [weight.data.add_(other[name]) for name, weight in backbone.named_parameters()],
+    "one matrix through .data": lambda backbone, other: backbone.encoder.layer[0].intermediate.dense.weight.data.mul_(3),
+    "new .data": lambda backbone, other: setattr(backbone.encoder.layer[0].output.dense.weight, "data", other["encoder.layer.0.output.dense.weight"]),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("precision, without_gradients", [("fp32", torch.no_grad), ("bf16", torch.inference_mode)])
+def test_what_is_kept_follows_the_weights(tiny_folder, edit, precision, without_gradients):
+    "Vectors are those of a fresh encoder with the same weights, however these were changed."
+    encoder, some = load_encoder(str(tiny_folder), device="cpu", precision=precision), texts()[:3]
+    before, kept = encoder.encode(some), KEPT[encoder]
+    assert np.array_equal(encoder.encode(some), before) and KEPT[encoder] is kept
+    for weight in encoder.backbone.parameters():
+        weight.grad = torch.randn_like(weight)
+    other = {name: values + 0.1 * torch.randn(values.shape) if values.is_floating_point() else values for name, values in weights_of(tiny_folder).items()}
+    with without_gradients():
+        EDITS[edit](encoder.backbone, other)
+    after = encoder.encode(some)
+    fresh = load_encoder(str(tiny_folder), device="cpu", precision=precision)
+    fresh.backbone.load_state_dict({name: values.clone() for name, values in encoder.backbone.state_dict().items()})
+    assert np.array_equal(after, fresh.encode(some)) and not np.allclose(after, before, atol=1e-3)
+
+
+def test_what_is_kept_is_for_one_precision_and_encoder(tiny_folder, tmp_path):
+    encoder, some = load_encoder(str(tiny_folder), device="cpu", precision="fp32"), texts()[:3]
+    full = encoder.encode(some)
+    encoder.precision = "bf16"
+    half = encoder.encode(some)
+    assert not np.array_equal(half, full) and np.array_equal(half, load_encoder(str(tiny_folder), device="cpu", precision="bf16").encode(some))
+    copies = copy.deepcopy(encoder), pickle.loads(pickle.dumps(encoder))
+    with torch.no_grad():
+        encoder.backbone.embeddings.LayerNorm.bias.add_(torch.randn(encoder.dim))
+    assert all(np.array_equal(again.encode(some), half) for again in copies) and not np.array_equal(encoder.encode(some), half)
+
+
+def test_nothing_is_kept_longer_than_of_use(tiny_folder):
+    encoder = load_encoder(str(tiny_folder), device="cpu").train()
+    encoder.encode(texts()[:3])
+    assert encoder not in KEPT and encoder.training, "weights in training change before the next call"
+    encoder.eval().encode(texts()[:3])
+    assert encoder in KEPT
+    torch.nn.ModuleList([encoder]).train()
+    assert encoder not in KEPT and encoder.backbone.training
+    encoder.eval().encode(texts()[:3])
+    count = len(KEPT)
+    del encoder
+    gc.collect()
+    assert len(KEPT) < count
 
 
 def test_pooling_ignores_padding(tiny_folder):
