@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['XQUAD_R_SHA256', 'MLQA_R_SHA256', 'MIRACL_FILES', 'XM3600_LANGUAGES', 'LAREQA_URL', 'SENTENCE_PROTOCOL', 'BENCHMARKS',
            'MIRACL_HUB', 'CAPTION_FILES', 'PAIRS_PROTOCOL', 'LOADERS', 'sort_by_language', 'language_slices',
-           'check_ids', 'Benchmark', 'possible_tasks', 'content_hash', 'count_languages', 'select_languages',
-           'read_candidates', 'parallel_judgements', 'benchmark_from_files', 'BenchmarkSet', 'load_sentences',
-           'find_plain_or_gz', 'read_beir_texts', 'read_table_lines', 'read_judgements', 'link_judgements',
-           'spread_judgements', 'beir_folders', 'judgement_file', 'judged_benchmark', 'load_beir', 'data_places',
-           'load_pool', 'find_miracl_file', 'miracl_languages', 'read_topics', 'load_miracl', 'find_captions',
-           'decode_line', 'read_zipped_lines', 'check_captions', 'read_captions', 'caption_tables', 'load_captions',
-           'benchmark_from_pairs', 'check_options', 'load_benchmark']
+           'check_ids', 'check_rows', 'Benchmark', 'possible_tasks', 'content_hash', 'count_languages',
+           'select_languages', 'read_candidates', 'parallel_judgements', 'benchmark_from_files', 'BenchmarkSet',
+           'load_sentences', 'find_plain_or_gz', 'read_beir_texts', 'read_table_lines', 'read_judgements',
+           'link_judgements', 'spread_judgements', 'beir_folders', 'judgement_file', 'judged_benchmark', 'load_beir',
+           'data_places', 'load_pool', 'find_miracl_file', 'miracl_languages', 'read_topics', 'load_miracl',
+           'find_captions', 'decode_line', 'read_zipped_lines', 'check_captions', 'read_captions', 'caption_tables',
+           'load_captions', 'benchmark_from_pairs', 'check_options', 'load_benchmark']
 
 # %% ../nbs/02_benchmarks.ipynb #48e08273
 from .pairs import SAMPLE_LANGUAGES, ParallelPairs, check_unicode, read_json_lines, read_paragraphs, sample_file
@@ -73,6 +73,14 @@ def check_ids(
         row = frame[empty].iloc[0]
         raise ValueError(f"{name}: {what} {row['id']!r} in {row['lang']} has no text: {row['text']!r:.80}")
 
+
+def check_rows(judgements: pd.DataFrame, sizes: dict[str, int], name: str):
+    "Raise `ValueError` for a judgement about a row that does not exist."
+    for what, size in sizes.items():
+        outside = judgements[what][(judgements[what] < 0) | (judgements[what] >= size)]
+        if len(outside):
+            raise ValueError(f"{name}: a judgement names {what} row {outside.iloc[0]}, and there are {size} rows")
+
 # %% ../nbs/02_benchmarks.ipynb #e628a135
 class Benchmark:
     "Queries, passages and judgements in several languages. Queries without any relevant passage are left out."
@@ -88,6 +96,7 @@ class Benchmark:
     ):
         check_ids(passages, "passage", name)
         check_ids(queries, "query", name)
+        check_rows(judgements, {"query": len(queries), "passage": len(passages)}, name)
         judgements = judgements[judgements["grade"] > 0]
         if not len(judgements):
             raise ValueError(f"{name}: no judgement says that a passage is relevant")

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['HELP', 'CHOICES', 'MAIN_JOB', 'ENCODER_OPTIONS', 'SAMPLER_OPTIONS', 'EXAMPLES', 'GENERAL_EXAMPLES', 'Setting',
            'module_tree', 'read_settings', 'read_constant', 'value_type', 'add_setting', 'add_settings', 'read_config',
-           'run_command', 'before_after', 'words', 'save_scores', 'evaluate_command', 'batches_command', 'batch_texts',
-           'find_checkout', 'study_matrix', 'study_command', 'installed', 'data_sets', 'info_command', 'Parser',
-           'add_command', 'build_parser', 'add_evaluate', 'error_line', 'exit_code', 'main']
+           'run_command', 'before_after', 'words', 'make_folder', 'save_scores', 'evaluate_command', 'batches_command',
+           'batch_texts', 'find_checkout', 'study_matrix', 'study_command', 'installed', 'data_sets', 'info_command',
+           'Parser', 'add_command', 'build_parser', 'add_evaluate', 'error_line', 'exit_code', 'main']
 
 # %% ../nbs/16_command_line.ipynb #b504daca
 import argparse
@@ -18,6 +18,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import traceback
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
@@ -155,9 +156,21 @@ def before_after(before, after) -> str:
 ENCODER_OPTIONS = ("pooling", "query_prefix", "passage_prefix", "query_length", "passage_length")
 
 
-def words(text: str) -> list[str]:
-    "The parts of a list with commas."
-    return re.findall(r"[^\s,]+", text)
+def words(text: str, option: str) -> list[str]:
+    "The parts of a list with commas. Raises `ValueError`, with the option, if there are none."
+    found = re.findall(r"[^\s,]+", text)
+    if not found:
+        raise ValueError(f"--{option} {text!r} names nothing; give one name, or several with commas between them (see --help)")
+    return found
+
+
+def make_folder(folder: Path):
+    "Make a folder to write to later. Raises `OSError` if nothing can be written there."
+    from hybrid_ir.sources import writing_to
+
+    with writing_to(folder, "choose a folder that can"):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
 
 
 def save_scores(scores, folder: Path):
@@ -180,11 +193,13 @@ def evaluate_command(options: argparse.Namespace) -> tuple[dict, str]:
     from hybrid_ir.training import check_number
 
     check_encoder_name(options.encoder)
-    choices = {name: parse_benchmark(name) for name in words(options.benchmarks)}
-    measures, tasks = words(options.measures), choose_all("task", options.tasks and words(options.tasks), TASKS)
+    choices = {name: parse_benchmark(name) for name in words(options.benchmarks, "benchmarks")}
+    measures, tasks = words(options.measures, "measures"), choose_all("task", options.tasks and words(options.tasks, "tasks"), TASKS)
     for measure in measures:
         parse_measure(measure)
     check_number("k", options.k, 0, whole=True)
+    if options.save:
+        make_folder(Path(options.save))
     benchmarks = {name: load_benchmark(choice.name, choice.languages, context=choice.context) for name, choice in choices.items()}
     overrides = {name: getattr(options, name) for name in ENCODER_OPTIONS if getattr(options, name) is not None}
     encoder, found, texts = load_encoder(options.encoder, options.device, options.precision, **overrides), {}, []

@@ -10,15 +10,18 @@ __all__ = ['POOLINGS', 'KINDS', 'DEVICES', 'PRECISIONS', 'ENCODING_PRECISIONS', 
            'dequantize_q4', 'ByteReader', 'read_me5_file', 'me5_parameter_name', 'build_me5_backbone',
            'build_me5_tokenizer', 'UseBranch', 'UseModel', 'read_use_weights', 'protobuf_fields', 'build_use_tokenizer',
            'bundled_file', 'load_me5_small_q4', 'load_use_multilingual_v3', 'encoder_config', 'check_encoder_name',
-           'no_file_bars', 'load_backbone', 'check_pooling', 'load_encoder']
+           'no_file_bars', 'load_backbone', 'check_pooling', 'readable_tokens', 'load_encoder']
 
 # %% ../nbs/03_encoders.ipynb #2044ead9
 import json
+import os
 import re
 import struct
+import threading
 import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -53,6 +56,9 @@ class EncoderConfig:
 
     def __post_init__(self):
         choose("pooling", self.pooling, POOLINGS)
+        for field in ("query_prefix", "passage_prefix"):
+            if not isinstance(getattr(self, field), str):
+                raise ValueError(f"{field} must be a text, maybe an empty one, not {getattr(self, field)!r}")
         for field in ("query_length", "passage_length"):
             length = getattr(self, field)
             if not isinstance(length, int) or length < 3:
@@ -150,14 +156,24 @@ def pool(output: BaseModelOutputWithPooling, attention_mask: torch.Tensor, pooli
 def check_texts(texts, what: str = "text") -> list[str]:
     "The texts as a list; raises `TypeError` or `ValueError` that names the first one that is not a non-empty string."
     if isinstance(texts, str):
-        raise TypeError(f"expected a list of {what}s, got one string: {texts[:40]!r}")
+        raise TypeError(f"expected a list of texts, got one string: {texts[:40]!r}")
     texts = list(texts)
     for row, text in enumerate(texts):
         if not isinstance(text, str):
             raise TypeError(f"{what} {row} is not a string but {type(text).__name__}: {text!r:.60}")
         if not text.strip():
             raise ValueError(f"{what} {row} is empty")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{what} {row} has half of a surrogate pair at {error.start}, which no tokenizer reads") from None
     return texts
+
+# %% ../nbs/03_encoders.ipynb #0ccc742c
+@cache
+def tokenizer_lock(process: int) -> threading.Lock:
+    "For one thread at a time, of the process with this number: a fork has a lock of its own."
+    return threading.Lock()
 
 # %% ../nbs/03_encoders.ipynb #63727195
 class Encoder(nn.Module):
@@ -182,7 +198,8 @@ class Encoder(nn.Module):
     def tokenize(self, texts, kind: str = "query", length: int | None = None) -> list[np.ndarray]:
         "Token numbers of each text with its prefix and the special tokens, cut at `length` tokens; None: the length of its kind."
         prefix, length = self.config.prefix(kind), min(length or self.config.length(kind), self.config.length(kind))
-        encoded = self.tokenizer([prefix + text for text in texts], truncation=True, max_length=length, return_attention_mask=False)
+        with tokenizer_lock(os.getpid()):
+            encoded = self.tokenizer([prefix + text for text in texts], truncation=True, max_length=length, return_attention_mask=False)
         return [np.asarray(ids, dtype=np.int32) for ids in encoded["input_ids"]]
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
@@ -217,10 +234,11 @@ KEPT = WeakKeyDictionary()  # for an encoder: what its network was packed for, a
 
 
 def state_of(backbone: nn.Module) -> tuple[list, torch.Tensor]:
-    "What differs once weights do: where each lies and how often it was written; and all biases and norms, and the first row of each matrix."
-    weights = list(backbone.parameters())
+    "What differs once weights do: where each lies and how often it was written; and all biases and norms, and a row and every fourth number of a column of each matrix that is copied."
+    weights, words = [weight.detach() for weight in backbone.parameters()], backbone.get_input_embeddings().weight.data_ptr()
     written = [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights]
-    return written, torch.cat([weight.detach() if weight.ndim == 1 else weight.detach()[0] for weight in weights])
+    copied = [weight for weight in weights if weight.data_ptr() != words]
+    return written, torch.cat([part for weight in copied for part in ([weight] if weight.ndim == 1 else [weight[0], weight[::4, 0]])])
 
 
 @patch
@@ -233,8 +251,8 @@ def packed(self: Encoder, keep: bool = False) -> PackedBert:
     written, sample = state_of(self.backbone)
     kept = KEPT.get(self)
     if kept is None or kept[0] != (dtype, int8, written) or not torch.equal(kept[1], sample):
-        KEPT[self] = (dtype, int8, written), sample, PackedBert(self.backbone, dtype, int8)
-    return KEPT[self][2]
+        kept = KEPT[self] = (dtype, int8, written), sample, PackedBert(self.backbone, dtype, int8)
+    return kept[2]
 
 # %% ../nbs/03_encoders.ipynb #f0e0e66e
 @patch
@@ -273,6 +291,19 @@ def embed_tokens(self: Encoder, token_lists: list[np.ndarray], token_budget: int
     order = torch.from_numpy(np.argsort(np.concatenate(chunks))).to(self.device)
     return torch.cat(vectors)[order]
 
+# %% ../nbs/03_encoders.ipynb #af144de0
+@contextmanager
+def evaluating(network: nn.Module):
+    "All modules in eval mode, and in the end each as it was; gives whether any was in training."
+    in_training = [module for module in network.modules() if module.training]
+    if in_training:
+        network.eval()
+    try:
+        yield bool(in_training)
+    finally:
+        for module in in_training:
+            module.training = True
+
 # %% ../nbs/03_encoders.ipynb #b75ff3ef
 @patch
 @torch.inference_mode()
@@ -287,18 +318,14 @@ def encode(
     texts = check_texts(texts, kind)
     if not texts:
         return np.zeros((0, self.dim), dtype=np.float32)
-    vectors, was_training = np.empty((len(texts), self.dim), dtype=np.float32), self.training
-    if was_training:
-        self.eval()
+    vectors = np.empty((len(texts), self.dim), dtype=np.float32)
     token_lists = [tokens for start in range(0, len(texts), 4096) for tokens in self.tokenize(texts[start : start + 4096], kind)]
     bar = tqdm(total=len(texts), desc=f"encoding {kind} texts", unit="text", disable=not (progress and len(texts) > 1000), mininterval=1, leave=False)
-    with bar, autocast(self.device, choose_precision(self.precision, self.device)):
+    with bar, evaluating(self) as was_training, autocast(self.device, choose_precision(self.precision, self.device)):
         embed = self.vectors_of_chunk(keep=not was_training)
         for chunk in self.chunks(token_lists):
             vectors[chunk] = embed([token_lists[row] for row in chunk]).float().cpu().numpy()
             bar.update(len(chunk))
-    if was_training:
-        self.train()
     return vectors
 
 # %% ../nbs/03_encoders.ipynb #8e3700e2
@@ -533,7 +560,7 @@ def protobuf_fields(message: bytes) -> list[tuple[int, int | bytes]]:
 
 # %% ../nbs/03_encoders.ipynb #719c79bd
 def build_use_tokenizer(path: Path) -> PreTrainedTokenizerFast:
-    "The tokenizer of a SentencePiece unigram model with the pieces <unk>, <s> and </s> at 0, 1 and 2."
+    "The tokenizer of a SentencePiece unigram model with the pieces `<unk>`, `<s>` and `</s>` at 0, 1 and 2."
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
     fields = protobuf_fields(Path(path).read_bytes())
@@ -579,12 +606,14 @@ ENCODERS = {"me5-small-q4": load_me5_small_q4, "use-multilingual-v3": load_use_m
 
 # %% ../nbs/03_encoders.ipynb #86be5be3
 E5_STYLE = dict(pooling="mean", query_prefix="query: ", passage_prefix="passage: ")
-KNOWN_CONFIGS = {  # regular expression on the name -> what its authors use
+KNOWN_CONFIGS = {  # regular expression on the name, without its owner or folder -> what its authors use
     r"use-multilingual-v3": dict(pooling="pooler", query_prefix="", passage_prefix=""),
-    r"me5-small-q4|(.*/)?(multilingual-)?e5-.*": E5_STYLE,
-    r"(sentence-transformers/)?LaBSE": dict(pooling="cls"),
-    r"(.*/)?(bge|gte|snowflake-arctic-embed).*": dict(pooling="cls", query_prefix="", passage_prefix=""),
-    r"(.*/)?(xlm-roberta|bert|distilbert).*": dict(pooling="mean"),
+    r"me5-small-q4|(multilingual-)?e5-.*": E5_STYLE,
+    r"LaBSE": dict(pooling="cls"),
+    r"gte-(small|base|large)": dict(pooling="mean", query_prefix="", passage_prefix=""),
+    r"snowflake-arctic-embed-.*-v2.0": dict(pooling="cls", query_prefix="query: ", passage_prefix=""),
+    r"(bge|gte|snowflake-arctic-embed).*": dict(pooling="cls", query_prefix="", passage_prefix=""),
+    r"(xlm-roberta|bert|distilbert).*": dict(pooling="mean"),
 }
 
 # %% ../nbs/03_encoders.ipynb #3bd22a20
@@ -596,17 +625,19 @@ def encoder_config(name: str, **overrides) -> EncoderConfig:
             return replace(EncoderConfig(**json.loads(saved.read_bytes())), **overrides)
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{saved} is damaged ({error}); save the encoder again") from error
-    known = next((values for pattern, values in KNOWN_CONFIGS.items() if re.fullmatch(pattern, name)), {})
+    known = next((values for pattern, values in KNOWN_CONFIGS.items() if re.fullmatch(pattern, name.rstrip("/").rpartition("/")[2])), {})
     if not known and "pooling" not in overrides and (Path(name) / "modules.json").exists():
         raise ValueError(f"{name} is a folder of sentence-transformers, which says itself how token vectors become one: load it with from_sentence_transformer, or name the pooling ({', '.join(POOLINGS)}) and the prefixes")
     return EncoderConfig(name, **{**known, **overrides})
 
 # %% ../nbs/03_encoders.ipynb #3df75de5
-HUB_NAME = r"[\w.-]+/[\w.-]+|xlm-roberta-(base|large)|(distil)?bert-base-multilingual-(un)?cased"
+HUB_NAME = r"\w[\w.-]*/[\w.-]+|xlm-roberta-(base|large)|(distil)?bert-base-multilingual-(un)?cased"
 
 # %% ../nbs/03_encoders.ipynb #e9981857
 def check_encoder_name(name: str) -> str:
     "The name, if it can be an encoder; raises `ValueError` with the valid choices."
+    if Path(name).is_dir() and name not in ENCODERS and not (Path(name) / "config.json").exists() and not (Path(name) / "modules.json").exists():
+        raise ValueError(f"the folder {name} holds no encoder: it has no config.json, as `Encoder.save` and `save_pretrained` write it")
     if name in ENCODERS or Path(name).is_dir() or re.fullmatch(HUB_NAME, name):
         return name
     raise ValueError(f"unknown encoder {name!r}; valid: {', '.join(ENCODERS)} (bundled), an existing folder, or a hub name such as 'xlm-roberta-base' or 'owner/model'")
@@ -638,14 +669,21 @@ def check_pooling(name: str, backbone: nn.Module, pooling: str):
     if pooling not in valid:
         raise ValueError(f"encoder {name!r} cannot be pooled by {pooling!r}; valid: {', '.join(valid)}")
 
+# %% ../nbs/03_encoders.ipynb #927d50c4
+def readable_tokens(config: PreTrainedConfig) -> int | None:
+    "How many tokens a network reads at most; None: it has no table of places."
+    places = getattr(config, "max_position_embeddings", None)
+    return places - config.pad_token_id - 1 if places and "roberta" in config.model_type else places
+
 # %% ../nbs/03_encoders.ipynb #6061766b
 def load_encoder(
-    name: str,  # bundled name, folder, or hub name
+    name: str | Path,  # bundled name, folder, or hub name
     device: str = "auto",  # auto, cpu, cuda or mps
     precision: str = "auto",  # auto, fp32 or bf16, for the matrix products; or int8, for those of weights, to encode only. Weights stay float32
     **overrides,  # any field of `EncoderConfig`: pooling, prefixes, lengths
 ) -> Encoder:
     "Load an encoder. Raises `ValueError` for an unknown name, device, precision or pooling; `OSError` if the hub does not have it."
+    name = str(name)
     check_encoder_name(name)
     target, config = choose_device(device), encoder_config(name, **overrides)
     choose_precision(precision, target)
@@ -660,7 +698,7 @@ def load_encoder(
         except OSError as error:
             raise OSError(f"cannot load encoder {name!r} from a folder or the hub (bundled: {', '.join(ENCODERS)}): {error}") from error
     check_pooling(name, backbone, config.pooling)
-    limit = getattr(backbone.config, "max_position_embeddings", config.passage_length)
+    limit = readable_tokens(backbone.config) or config.passage_length
     if max(config.query_length, config.passage_length) > limit:
         raise ValueError(f"encoder {name!r} reads at most {limit} tokens; query_length is {config.query_length}, passage_length {config.passage_length}")
     return Encoder(backbone.to(target), tokenizer, config, precision).eval()
@@ -673,5 +711,5 @@ def save(self: Encoder, folder: str | Path) -> Path:
     with no_file_bars():
         self.backbone.save_pretrained(folder)
     self.tokenizer.save_pretrained(folder)
-    (folder / "hybrid_ir.json").write_text(json.dumps(asdict(self.config), indent=1, ensure_ascii=False) + "\n")
+    (folder / "hybrid_ir.json").write_text(json.dumps(asdict(self.config), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return folder

@@ -8,8 +8,9 @@ __all__ = ['TASKS', 'POOL', 'LARGE_TABLE', 'SMALL_TABLE', 'call_encoder', 'embed
            'query_contributions', 'by_query_table', 'cell_means', 'language_table', 'gap_rows', 'estimates',
            'ScoreTables', 'shown_tables', 'html_table', 'markdown_table', 'Scores', 'plain', 'json_lines',
            'DamagedFile', 'read_part', 'content_sha256', 'seal', 'read_sealed', 'rounding_steps', 'significant',
-           'fairly_rounded', 'write_rows', 'read_rows', 'own_corpus_top', 'benchmark_info', 'score_embeddings',
-           'evaluate', 'query_values', 'check_comparable', 'same_queries', 'seed_values', 'compare', 'compare_gap']
+           'fairly_rounded', 'write_rows', 'read_rows', 'own_corpus_top', 'benchmark_info', 'check_scoring',
+           'score_embeddings', 'evaluate', 'query_values', 'check_comparable', 'same_queries', 'seed_values', 'compare',
+           'compare_gap']
 
 # %% ../nbs/09_evaluation.ipynb #c6bb8c24
 import hashlib
@@ -597,18 +598,29 @@ def own_corpus_top(
 
 # %% ../nbs/09_evaluation.ipynb #6c5088ec
 def benchmark_info(benchmark, tasks, measures) -> dict:
-    "What was evaluated: names, sizes, the language shares of the pool, and the rank distances of a perfect and of a random ranking."
+    "What was evaluated: names, a hash of the content, sizes, the language shares of the pool, and the rank distances of a perfect and of a random ranking."
     sizes = {language: benchmark.passage_slices.get(language, slice(0, 0)) for language in benchmark.languages}
     sizes = {language: rows.stop - rows.start for language, rows in sizes.items()}
     n_passages, relevant = len(benchmark.passages), np.bincount(benchmark.judgement_queries, minlength=len(benchmark.queries))[answered_in_several(benchmark)]
     return {
-        "benchmark": benchmark.name, "languages": list(benchmark.languages), "tasks": list(tasks), "measures": list(measures),
+        "benchmark": benchmark.name, "fingerprint": benchmark.fingerprint, "languages": list(benchmark.languages), "tasks": list(tasks), "measures": list(measures),
         "n_queries": len(benchmark.queries), "n_passages": n_passages, "corpus_sizes": sizes,
         "language_share": {language: size / n_passages for language, size in sizes.items()},
         "perfect_rank_distance": float((relevant - 1).mean()) if len(relevant) else None,
         "random_rank_distance": float(metrics.expected_rank_distance(n_passages, relevant).mean()) if len(relevant) else None}
 
 # %% ../nbs/09_evaluation.ipynb #5a2428f6
+def check_scoring(measures, k: int, share_at: int) -> list[str]:
+    "The names of the measures, each once; raises `ValueError` for unknown ones and for impossible numbers of passages."
+    names = list(dict.fromkeys([measures] if isinstance(measures, str) else measures))
+    for name in names:
+        metrics.parse_measure(name)
+    for what, number, least in (("k", k, 0), ("share_at", share_at, 1)):
+        if isinstance(number, bool) or not isinstance(number, (int, np.integer)) or number < least:
+            raise ValueError(f"{what} must be a whole number of at least {least}, not {number!r}")
+    return names
+
+
 def score_embeddings(
     benchmark,  # a Benchmark
     query_embeddings,  # [n_queries, dim], rows as in benchmark.queries
@@ -621,7 +633,7 @@ def score_embeddings(
     **options,  # of `retrieval.rank_judgements`: memory, device
 ) -> Scores:
     "Evaluate embeddings that were computed before. The score is the inner product."
-    tasks = choose_tasks(benchmark, tasks)
+    tasks, measures = choose_tasks(benchmark, tasks), check_scoring(measures, k, share_at)
     query_languages, passage_languages = judgement_languages(benchmark)
     wanted = np.full(len(query_languages), "multi" in tasks)
     for task, rows in (("mono", query_languages == passage_languages), ("cross", query_languages != passage_languages)):
@@ -654,18 +666,15 @@ def evaluate(
     memory: int = retrieval.BLOCK_MEMORY,  # bytes for one block of scores
     device=None,  # where scores are computed; None: a GPU if there is one
     progress: bool = True,  # show progress bars
-    **encode_options,  # passed on to the encoder: token_budget, batch_size, ...
+    **encode_options,  # passed on to the encoder: batch_size of a SentenceTransformer, ...
 ) -> Scores:
     "Encode every distinct text once and score all tasks from one pass over the similarities."
+    if not hasattr(benchmark, "judgement_queries"):
+        raise TypeError(f"expected a Benchmark, as `load_benchmark(name)` gives it, not {benchmark!r:.80}")
     names = choose_all("language", languages, benchmark.languages)
     if names != list(benchmark.languages):
         benchmark = benchmark.select(names)
-    tasks = choose_tasks(benchmark, tasks)
-    measures = [measures] if isinstance(measures, str) else list(measures)
-    for name in measures:
-        metrics.parse_measure(name)
-    if k < 0 or share_at < 1:
-        raise ValueError(f"k must be at least 0 and share_at at least 1, got {k} and {share_at}")
+    tasks, measures = choose_tasks(benchmark, tasks), check_scoring(measures, k, share_at)
     query_embeddings = embed(encoder, benchmark.queries["text"], "query", progress, **encode_options)
     passage_embeddings = embed(encoder, benchmark.passages["text"], "passage", progress, **encode_options)
     return score_embeddings(benchmark, query_embeddings, passage_embeddings, tasks, measures, k, share_at, progress, memory=memory, device=device)
@@ -697,6 +706,9 @@ def check_comparable(
         one, other = first.info[name], second.info[name]
         if one != other:
             raise ValueError(f"cannot compare: {name} differs, {one} and {other}")
+    one, other = first.info.get("fingerprint"), second.info.get("fingerprint")
+    if one and other and one != other:  # scores that were saved before had none
+        raise ValueError(f"cannot compare: the texts or judgements of {first.info['benchmark']} differ, their fingerprints are {one} and {other}")
 
 # %% ../nbs/09_evaluation.ipynb #782703e0
 def same_queries(

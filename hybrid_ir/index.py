@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['MANIFEST', 'COLUMNS', 'DTYPES', 'PART_MEMORY', 'LISTS', 'PARAMETERS', 'encoder_identity', 'refuse_difference',
-           'shard_path', 'texts_hash', 'write_shard', 'DamagedShard', 'read_shard_entry', 'as_rows', 'corpus_shards',
-           'shard_is_done', 'claim_vectors', 'finish_vectors', 'encode_shard', 'encode_corpus', 'Vectors',
-           'best_of_keys', 'best_first', 'check_queries', 'inverted_lists', 'make_index', 'training_needs',
-           'add_shards', 'write_index', 'build_parts', 'without_native_messages', 'merge_parts', 'index_folder',
-           'claim_index', 'timed', 'train_index', 'fill_index', 'build_index', 'open_mapped', 'FaissIndex', 'recall_at',
-           'recall_table', 'Searcher']
+           'shard_path', 'texts_hash', 'write_shard', 'DamagedShard', 'check_size', 'read_shard_entry', 'row_columns',
+           'as_rows', 'corpus_shards', 'CountedRows', 'shard_is_done', 'refuse_foreign', 'claim_vectors',
+           'finish_vectors', 'encode_shard', 'encode_corpus', 'Vectors', 'best_of_keys', 'best_first', 'check_queries',
+           'inverted_lists', 'make_index', 'training_needs', 'add_shards', 'write_index', 'build_parts',
+           'without_native_messages', 'check_room', 'merge_parts', 'index_folder', 'claim_index', 'timed',
+           'train_index', 'fill_index', 'build_index', 'open_mapped', 'FaissIndex', 'recall_at', 'recall_table',
+           'Searcher']
 
 # %% ../nbs/17_corpus_index.ipynb #74dd2f06
 import ctypes
+import errno
 import hashlib
 import json
 import math
@@ -24,7 +26,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import faiss
@@ -39,8 +41,8 @@ from tqdm import tqdm
 
 from .encoders import KINDS, Encoder, check_texts, choose_precision, load_encoder
 from .retrieval import BLOCK_MEMORY, as_matrix, best_of_block, full_precision
-from .sources import choose, file_sha256, whole_file, write_json
-from .training import weights_hash
+from .sources import choose, file_sha256, hold_folder, whole_file, write_json, writing_to
+from .training import check_number, weights_hash
 
 # %% ../nbs/17_corpus_index.ipynb #dcf5f173
 MANIFEST = "manifest.json"
@@ -73,6 +75,7 @@ DTYPES = ("float16", "float32")
 
 # %% ../nbs/17_corpus_index.ipynb #1b06c6b4
 def shard_path(folder, number: int, suffix: str) -> Path:
+    "A file of a shard."
     return Path(folder) / f"{number:05d}.{suffix}"
 
 # %% ../nbs/17_corpus_index.ipynb #826f7ced
@@ -87,12 +90,13 @@ def write_shard(
     vectors: np.ndarray,  # float16 or float32 [n, dim]
     rows: dict,  # id, lang and text: each a list of n strings
 ) -> dict:  # what is written in the json file
-    "Write the three files of a shard; the json file last."
-    with whole_file(shard_path(folder, number, "npy")) as temporary, temporary.open("wb") as file:
-        np.save(file, vectors)
+    "Write the three files of a shard; the json file last. Raises `OSError`, with the folder, on a full disk."
     table = pa.table({column: pa.array(rows[column], pa.large_string()) for column in COLUMNS})
-    with whole_file(shard_path(folder, number, "arrow")) as temporary, pa.ipc.new_stream(str(temporary), table.schema) as file:
-        file.write_table(table)
+    with writing_to(folder, "make room, and call encode_corpus again, it goes on where it stopped"):
+        with whole_file(shard_path(folder, number, "npy")) as temporary, pa.OSFile(str(temporary), "wb") as file:
+            np.save(file, vectors)
+        with whole_file(shard_path(folder, number, "arrow")) as temporary, pa.ipc.new_stream(str(temporary), table.schema) as file:
+            file.write_table(table)
     files = {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in (shard_path(folder, number, suffix) for suffix in ("npy", "arrow"))}
     entry = {"rows": len(vectors), "texts": texts_hash(rows), "files": files}
     write_json(shard_path(folder, number, "json"), entry)
@@ -100,7 +104,18 @@ def write_shard(
 
 # %% ../nbs/17_corpus_index.ipynb #370cd35c
 class DamagedShard(OSError):
-    "A shard is missing, or its files are not what was written."
+    "A file of a shard, or of an index, is missing or not what was written."
+
+
+def check_size(
+    file: Path,
+    written: int,  # bytes
+    remedy: str,  # for the message
+):
+    "Raise `DamagedShard` unless a file has the size that was written."
+    size = file.stat().st_size if file.exists() else None
+    if size != written:
+        raise DamagedShard(f"{file} is {'missing' if size is None else f'{size:,} bytes'}, {written:,} bytes were written; {remedy}")
 
 # %% ../nbs/17_corpus_index.ipynb #0ecba9dd
 def read_shard_entry(
@@ -115,30 +130,46 @@ def read_shard_entry(
     entry = json.loads(path.read_text(encoding="utf-8"))
     for name, written in entry["files"].items():
         file = Path(folder) / name
-        size = file.stat().st_size if file.exists() else None
-        if size != written["bytes"]:
-            raise DamagedShard(f"{file} is {'missing' if size is None else f'{size:,} bytes'}, {written['bytes']:,} bytes were written; encode_corpus makes the shard again")
+        check_size(file, written["bytes"], "encode_corpus makes the shard again")
         if checksums and file_sha256(file) != written["sha256"]:
             raise DamagedShard(f"{file} is not what was written (another SHA-256); encode_corpus makes the shard again")
     return entry
+
+# %% ../nbs/17_corpus_index.ipynb #f907eeb1
+def row_columns(
+    row,  # string, or row with `text` and perhaps `id` and `lang`
+    number: int,  # of the row, for the message
+) -> list[str]:
+    "Which of id, lang and text a row has. Raises `TypeError` or `ValueError` for one without a text."
+    if not isinstance(row, str) and not hasattr(row, "keys"):
+        raise TypeError(f"row {number} must be a string, or have the keys text and perhaps id and lang; it is {row!r:.60}")
+    columns = ["text"] if isinstance(row, str) else [column for column in COLUMNS if column in row.keys()]
+    if "text" not in columns:
+        raise ValueError(f"row {number} has no 'text'; it has {', '.join(map(str, row.keys())) or 'nothing'}")
+    return columns
 
 # %% ../nbs/17_corpus_index.ipynb #6da1e166
 def as_rows(
     part,  # list of strings or rows, or a dict of columns
     start: int,  # number of the first row
+    columns: list | None = None,  # of id, lang and text, what each row must have; None: what the first one has
 ) -> dict:  # id, lang and text: lists of strings
-    "One shard of a corpus as columns. Raises `ValueError` or `TypeError` for a row without a text."
+    "One shard of a corpus as columns. Raises `ValueError` or `TypeError` for a row without a text, with an empty id or lang, or with other keys than the first."
     if not isinstance(part, dict):
+        columns = columns or row_columns(part[0], start)
+        for number, row in enumerate(part, start):
+            if (found := row_columns(row, number)) != columns:
+                raise ValueError(f"row {number} has {', '.join(found)}, and the first row {', '.join(columns)}; give all rows the same")
         part = [{"text": row} if isinstance(row, str) else row for row in part]
-        try:
-            part = {column: [row[column] for row in part] for column in COLUMNS if column == "text" or column in part[0]}
-        except (TypeError, KeyError) as error:
-            raise TypeError(f"rows from {start}: each must be a string, or have the keys of the first, text and perhaps id and lang; got {error!r}") from None
+        part = {column: [row[column] for row in part] for column in columns}
     if "text" not in part:
         raise ValueError(f"the corpus has no column 'text'; it has {', '.join(part)}")
     texts, n = part["text"], len(part["text"])
-    ids = [str(name) for name in part.get("id", range(start, start + n))]
-    return {"id": ids, "lang": [str(lang) for lang in part.get("lang", [""] * n)], "text": texts}
+    names = {"id": part.get("id", range(start, start + n)), "lang": part.get("lang", [""] * n)}
+    for column, values in names.items():
+        if (missing := pd.isna(pd.Series(values, dtype=object))).any():
+            raise ValueError(f"row {start + int(missing.argmax())} has no {column}: it is {values[int(missing.argmax())]!r}; give all rows one, or none")
+    return {column: [str(value) for value in values] for column, values in names.items()} | {"text": texts}
 
 # %% ../nbs/17_corpus_index.ipynb #b909301f
 def corpus_shards(
@@ -147,19 +178,36 @@ def corpus_shards(
     process: int = 0,  # number of this process
     processes: int = 1,  # how many share the shards
 ) -> Iterator[tuple[int, dict]]:  # number of the shard, its rows
-    "The shards of one process, in order."
+    "The shards of one process, in order. Raises `TypeError` for what is no corpus, `ValueError` for an empty one."
+    if isinstance(corpus, (str, dict)):  # a DatasetDict is a dict
+        raise TypeError(f"a corpus is a list, a data frame, a `datasets.Dataset` or an iterable of rows, not a {type(corpus).__name__}; of a DatasetDict give one split")
     if isinstance(corpus, pd.DataFrame):
         corpus = Dataset.from_pandas(corpus, preserve_index=False)
-    if isinstance(corpus, Dataset):
+    if isinstance(corpus, Dataset) and len(corpus):
         corpus = corpus.with_format(None)
         for number in range(process, -(-len(corpus) // size), processes):
             yield number, as_rows(corpus[number * size : (number + 1) * size], number * size)
         return
-    rows, number = iter(corpus), 0
+    rows, number, columns = iter(corpus), 0, None
     while part := list(islice(rows, size)):
+        columns = columns or row_columns(part[0], 0)
         if number % processes == process:
-            yield number, as_rows(part, number * size)
+            yield number, as_rows(part, number * size, columns)
         number += 1
+    if number == 0:
+        raise ValueError("the corpus is empty")
+
+# %% ../nbs/17_corpus_index.ipynb #a9c55c64
+class CountedRows:
+    "An iterable that counts what it has given."
+
+    def __init__(self, rows):
+        self.rows, self.n = rows, 0
+
+    def __iter__(self):
+        for row in self.rows:
+            self.n += 1
+            yield row
 
 # %% ../nbs/17_corpus_index.ipynb #3294ad67
 def shard_is_done(
@@ -177,6 +225,12 @@ def shard_is_done(
         raise ValueError(f"{folder} belongs to another corpus: shard {number} has other texts than the corpus now; use another folder, or remove it")
     return entry is not None
 
+# %% ../nbs/17_corpus_index.ipynb #4b25e85a
+def refuse_foreign(folder: Path):
+    "Raise `ValueError` for a folder with other files than those of vectors."
+    if folder.is_dir() and not (folder / MANIFEST).exists() and any(path.name != "folder.lock" for path in folder.iterdir()):
+        raise ValueError(f"{folder} is not empty and has no {MANIFEST}; use another folder")
+
 # %% ../nbs/17_corpus_index.ipynb #daf8e4eb
 def claim_vectors(
     folder: Path,
@@ -191,8 +245,6 @@ def claim_vectors(
         expected = identity | ({"rows": rows} if rows is not None and "rows" in found else {})
         refuse_difference(folder, found, expected, "other vectors")
         return found
-    if folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty and has no {MANIFEST}; use another folder")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(path, identity | info)
     return identity | info
@@ -200,7 +252,7 @@ def claim_vectors(
 # %% ../nbs/17_corpus_index.ipynb #e0d86f31
 def finish_vectors(
     folder,
-    rows: int | None = None,  # length of the corpus, where it is known
+    rows: int | None = None,  # length of the corpus; None: not to be compared
 ) -> dict:  # the complete manifest
     "Write into the manifest how many shards and rows there are, and the fingerprints of texts and vectors. Raises `ValueError` if they are not those of the corpus."
     folder, entries = Path(folder), []
@@ -214,8 +266,6 @@ def finish_vectors(
         raise ValueError(f"{folder} was complete with {manifest['rows']:,} rows, and now has other shards; remove it and encode again")
     if rows is not None and done["rows"] != rows:
         raise ValueError(f"{folder} has {done['rows']:,} rows, and this corpus {rows:,}: another corpus was begun there; use another folder, or remove it")
-    if done["rows"] == 0:
-        raise ValueError("the corpus is empty")
     write_json(folder / MANIFEST, manifest | done)
     return manifest | done
 
@@ -238,29 +288,34 @@ def encode_corpus(
     kind: str = "passage",  # "query" or "passage": decides prefix and length
     progress: bool = True,  # show a progress bar
 ) -> "Vectors":
-    "Encode a corpus to disk. Started again after a stop, it goes on at the first missing shard. Raises `ValueError` if the folder is of another encoder or corpus, `TypeError` or `ValueError` for a row without a text."
+    "Encode a corpus to disk. Started again after a stop, it goes on at the first missing shard. Raises `ValueError` if the folder is of another encoder or corpus, `FolderInUse` if another call writes there, `TypeError` or `ValueError` for a row without a text, `OSError` on a full disk."
     choose("dtype", dtype, DTYPES), choose("kind of text", kind, KINDS)
     if not isinstance(shard_size, int) or shard_size < 1:
         raise ValueError(f"shard_size must be a whole number of at least 1, got {shard_size!r}")
-    if isinstance(corpus, (str, dict)):  # a DatasetDict is a dict
-        raise TypeError(f"a corpus is a list, a data frame, a `datasets.Dataset` or an iterable of rows, not a {type(corpus).__name__}; of a DatasetDict give one split")
     folder, state, rows = Path(folder), PartialState(cpu=encoder.device.type == "cpu"), len(corpus) if hasattr(corpus, "__len__") else None
+    corpus = CountedRows(corpus) if rows is None else corpus
+    shards = corpus_shards(corpus, shard_size, state.process_index, state.num_processes)
+    shards = chain(list(islice(shards, 1)), shards)
     if state.num_processes > 1:
         encoder.to(state.device)
     identity = encoder_identity(encoder, kind) | {"precision": choose_precision(encoder.precision, encoder.device), "dtype": dtype, "shard_size": shard_size}
-    with state.main_process_first():
-        manifest = claim_vectors(folder, identity, {"encoder": asdict(encoder.config)}, rows)
-    with tqdm(total=rows, desc="Encoding", unit="text", disable=not (progress and state.is_main_process), mininterval=1) as bar:
-        for number, part in corpus_shards(corpus, shard_size, state.process_index, state.num_processes):
-            if not shard_is_done(folder, number, part):
-                if number >= manifest.get("shards", number + 1):
-                    raise ValueError(f"{folder} is complete with {manifest['rows']:,} rows, but this corpus has more; use another folder, or remove it")
-                encode_shard(encoder, folder, number, part, kind, dtype)
-            bar.update(len(part["text"]) * (state.num_processes if rows else 1))
-    state.wait_for_everyone()
-    with state.main_process_first():
-        if state.is_main_process:
-            finish_vectors(folder, rows)
+    refuse_foreign(folder)
+    with hold_folder(folder):
+        with state.main_process_first():
+            for path in folder.glob("*.partial") if state.is_main_process else ():  # of a call that was killed
+                path.unlink()
+            manifest = claim_vectors(folder, identity, {"encoder": asdict(encoder.config)}, rows)
+        with tqdm(total=rows, desc="Encoding", unit="text", disable=not (progress and state.is_main_process), mininterval=1) as bar:
+            for number, part in shards:
+                if not shard_is_done(folder, number, part):
+                    if number >= manifest.get("shards", number + 1):
+                        raise ValueError(f"{folder} is complete with {manifest['rows']:,} rows, but this corpus has more; use another folder, or remove it")
+                    encode_shard(encoder, folder, number, part, kind, dtype)
+                bar.update(len(part["text"]) * (state.num_processes if rows else 1))
+        state.wait_for_everyone()
+        with state.main_process_first():
+            if state.is_main_process:
+                finish_vectors(folder, corpus.n if rows is None else rows)
     return Vectors(folder)
 
 # %% ../nbs/17_corpus_index.ipynb #fa4a8f77
@@ -319,8 +374,10 @@ def take(
     self: Vectors,
     rows,  # int [n] numbers of rows, in any order
 ) -> np.ndarray:  # float32 [n, dim]
-    "The vectors of some rows."
+    "The vectors of some rows. Raises `IndexError` for a row that is not there."
     rows = np.asarray(rows)
+    if len(outside := rows[(rows < 0) | (rows >= len(self))]):
+        raise IndexError(f"row {outside[0]} is not there: the rows are 0 to {len(self) - 1:,}")
     found, shards = np.empty((len(rows), self.dim), dtype=np.float32), rows // self.shard_size
     for number in np.unique(shards):
         mine = shards == number
@@ -366,8 +423,7 @@ def check_queries(queries, dim: int, k: int) -> torch.Tensor:
     queries = as_matrix(queries, "query embeddings")
     if queries.shape[1] != dim:
         raise ValueError(f"query embeddings have {queries.shape[1]} dimensions, the vectors {dim}")
-    if not isinstance(k, (int, np.integer)) or k < 1:
-        raise ValueError(f"k must be a whole number of at least 1, got {k!r}")
+    check_number("k", k, 1, whole=True)
     return queries
 
 # %% ../nbs/17_corpus_index.ipynb #f53a5a9a
@@ -406,8 +462,8 @@ def make_index(
     "An empty index. Raises `ValueError` for a factory string that FAISS cannot read for this width, or that cannot be built shard by shard."
     pieces = math.gcd(dim, 64)  # the pieces of a code must divide the width
     examples = f"valid ones are, for example: Flat, HNSW32, IVF1024,Flat, IVF1024,SQ8, IVF1024,PQ{pieces}, OPQ{pieces},IVF1024,PQ{pieces}"
-    if re.search(r"IDMap|RFlat|Refine|fs", str(factory)):
-        raise ValueError(f"factory {factory!r}: IDMap, RFlat, Refine and fast-scan (fs) cannot be built here; {examples}")
+    if re.search(r"IDMap|RFlat|Refine|NSG|fs", str(factory)):
+        raise ValueError(f"factory {factory!r}: IDMap, RFlat, Refine, NSG and fast-scan (fs) cannot be built here; {examples}")
     try:
         index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
     except (RuntimeError, TypeError) as error:
@@ -477,11 +533,24 @@ def without_native_messages():
         os.close(kept), os.close(nowhere)
 
 # %% ../nbs/17_corpus_index.ipynb #4ff6a80e
-def merge_parts(folder: Path, parts: list[Path]):
-    "Merge the lists of all parts into one file on disk, and write the index that maps it."
+def check_room(folder: Path, needed: int, what: str):
+    "Raise `OSError` unless the disk of `folder` has room for `needed` bytes."
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(errno.ENOSPC, f"{what} needs {needed:,} bytes and {free:,} are free in {folder}; make room, and call build_index again, it goes on where it stopped")
+
+
+def merge_parts(
+    folder: Path,  # with a trained index
+    parts: list[Path],
+    rows: int,  # in all parts
+):
+    "Merge the lists of all parts into one file on disk, and write the index that maps it. Raises `OSError` on a full disk."
     from faiss.contrib.ondisk import merge_ondisk
 
     index = faiss.read_index(str(folder / "trained.faiss"))
+    (folder / LISTS).unlink(missing_ok=True)  # of a merge that was stopped
+    check_room(folder, rows * (inverted_lists(index).code_size + 8), LISTS)
     with without_native_messages():
         merge_ondisk(index, [str(path) for path in parts], str(folder / LISTS))
     write_index(index, folder / "index.faiss")
@@ -524,11 +593,11 @@ def fill_index(folder: Path, index: faiss.Index, vectors: Vectors, memory: int, 
     "Write `index.faiss` with all vectors, and remove what was needed on the way."
     if inverted_lists(index):
         parts = build_parts(folder, vectors, memory, progress)
-        merge_parts(folder, parts)
+        merge_parts(folder, parts, len(vectors))
     else:
         shards = tqdm(range(vectors.manifest["shards"]), desc="Building", unit="shard", disable=not progress)
         write_index(add_shards(faiss.read_index(str(folder / "trained.faiss")), vectors, shards), folder / "index.faiss")
-    for path in [*folder.glob("part-*.faiss"), folder / "trained.faiss"]:
+    for path in [*folder.glob("part-*.faiss"), *folder.glob("*.partial"), folder / "trained.faiss"]:
         path.unlink()
 
 # %% ../nbs/17_corpus_index.ipynb #3454ef2f
@@ -540,7 +609,7 @@ def build_index(
     memory: int = PART_MEMORY,  # bytes for one part of an index with inverted lists
     progress: bool = True,  # show progress bars
 ) -> "FaissIndex":
-    "Build a FAISS index on disk, or open it if it is complete. Started again after a stop, it goes on. Raises `ValueError` for a factory that cannot be built, too few vectors to train on, or a folder of another index; `DamagedShard` for damaged vectors."
+    "Build a FAISS index on disk, or open it if it is complete. Started again after a stop, it goes on. Raises `ValueError` for a factory that cannot be built, too few vectors to train on, or a folder of another index; `DamagedShard` for damaged vectors or a damaged index, `OSError` on a full disk."
     index = make_index(factory, vectors.dim)
     ivf, needs = inverted_lists(index), training_needs(index)
     training_rows = min(len(vectors), training_rows or max(50_000, 50 * (ivf.nlist if ivf else 0)))
@@ -553,7 +622,8 @@ def build_index(
         vectors.check(checksums=True, progress=progress)
         seconds = {"training": timed(train_index, folder, index, vectors, identity["training_rows"], seed)}
         seconds["adding"] = timed(fill_index, folder, index, vectors, memory, progress)
-        write_json(folder / MANIFEST, manifest | {"seconds": seconds, "faiss": faiss.__version__})
+        files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.name != MANIFEST}
+        write_json(folder / MANIFEST, manifest | {"seconds": seconds, "faiss": faiss.__version__, "files": files})
     return FaissIndex(folder)
 
 # %% ../nbs/17_corpus_index.ipynb #418aa219
@@ -576,7 +646,7 @@ PARAMETERS = ("nprobe", "efSearch", "quantizer_efSearch")
 
 # %% ../nbs/17_corpus_index.ipynb #e1740e61
 class FaissIndex:
-    "An index of `build_index`, mapped from disk. Raises `FileNotFoundError` if it is not complete."
+    "An index of `build_index`, mapped from disk. Raises `FileNotFoundError` if it is not complete, `DamagedShard` if a file is not as long as it was."
 
     def __init__(self, folder):
         self.folder = Path(folder)
@@ -586,6 +656,8 @@ class FaissIndex:
             raise FileNotFoundError(f"{self.folder} has no complete index; call build_index")
         self.vectors = Vectors(self.folder.parents[1])
         refuse_difference(self.folder, self.manifest["vectors"], self.vectors.manifest, "other vectors")
+        for name, written in self.manifest.get("files", {}).items():  # which an index of an older version lacks
+            check_size(self.folder / name, written, f"remove {self.folder} and call build_index")
         self.index = open_mapped(self.folder, bool(inverted_lists(make_index(self.manifest["factory"], self.vectors.dim))))
 
     def __len__(self) -> int:
@@ -597,11 +669,12 @@ class FaissIndex:
         return sum(path.stat().st_size for path in self.folder.iterdir())
 
     def set(self, **parameters):
-        "Set search parameters, which stay set. Raises `ValueError` for one that this index does not have."
+        "Set search parameters, which stay set. Raises `ValueError` for one that this index does not have, or that is no whole number of at least 1."
         for name, value in parameters.items():
-            choose("search parameter", name, PARAMETERS)
+            check_number(choose("search parameter", name, PARAMETERS), value, 1, whole=True)
+        for name, value in parameters.items():
             try:
-                faiss.ParameterSpace().set_index_parameter(self.index, name, value)
+                faiss.ParameterSpace().set_index_parameter(self.index, name, int(value))
             except RuntimeError:
                 raise ValueError(f"{self.manifest['factory']} has no search parameter {name}") from None
 
@@ -617,7 +690,8 @@ def search(
     rescore: int = 0,  # candidates to score again with the exact vectors; 0 for none
     **parameters,  # nprobe, efSearch, quantizer_efSearch; they stay set for later searches
 ) -> tuple[np.ndarray, np.ndarray]:  # rows int64 and scores float32 [n_queries, k]; row -1 where fewer were found
-    "Approximate search, best first, of equal ones the first row. Raises `ValueError` for queries of another width, or a `k` below 1."
+    "Approximate search, best first, of equal ones the first row. Raises `ValueError` for queries of another width, or a number that makes no sense."
+    check_number("rescore", rescore, 0, whole=True)
     queries, k = check_queries(queries, self.vectors.dim, k).numpy(), min(k, len(self))
     self.set(**parameters)
     scores, rows = self.index.search(queries, min(max(k, rescore), len(self)))
@@ -683,8 +757,10 @@ class Searcher:
         k: int = 5,  # passages per question
         **parameters,  # of the search in an index: nprobe, efSearch, rescore
     ) -> pd.DataFrame:  # score, lang, id, text; for a list, question as well
-        "The best passages, best first. Raises `TypeError` or `ValueError` for a question without text, `ValueError` for parameters without an index."
+        "The best passages, best first. Raises `TypeError` or `ValueError` for a question without text, `ValueError` for no question, or for parameters without an index."
         texts = check_texts([questions] if isinstance(questions, str) else questions, "question")
+        if not texts:
+            raise ValueError("no question: give one, or a list with at least one")
         if parameters and self.index is None:
             raise ValueError(f"exact search has no parameters, got {', '.join(parameters)}")
         queries = self.encoder.encode(texts, "query", progress=False)

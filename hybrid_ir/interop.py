@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 import torch
 from fastcore.basics import patch
 
-from .encoders import Encoder, EncoderConfig, UseModel, check_pooling, choose_device, load_encoder, no_file_bars
+from .encoders import Encoder, EncoderConfig, UseModel, check_pooling, choose_device, load_encoder, no_file_bars, readable_tokens
 from .evaluation import Scores, markdown_table
 from .pairs import PairIndex, ParallelPairs, build_pair_index, text_key
 from .samplers import SAMPLERS, BatchSampler
@@ -75,7 +75,7 @@ def index_dataset(
     frame = pd.DataFrame({
         "set": np.int16(0), "record": numbers, "lang": languages.codes, "has_query": pc.is_valid(columns["query"]).to_numpy(zero_copy_only=False),
         "has_passage": pc.is_valid(columns["passage"]).to_numpy(zero_copy_only=False), "page_key": numbers.astype(np.uint64),
-        "passage_key": passage_keys(columns["passage"]), "query_key": np.uint64(0),
+        "passage_key": passage_keys(columns["passage"]), "query_key": np.uint64(0), "group_key": np.uint64(0),
     })
     index = build_pair_index([frame.iloc[order]], len(frame), list(languages.categories))
     index.set_names = ["dataset"]
@@ -286,26 +286,30 @@ def save_sentence_transformer(
 def pooling_of(
     model,  # a SentenceTransformer
 ) -> str:
-    "`mean`, `cls` or `pooler`; raises `ValueError` for modules that an `Encoder` does not have."
+    "`mean`, `cls` or `pooler`; raises `ValueError` for a model whose vectors an `Encoder` does not give."
     first, *others = list(model)
-    kinds = [type(module).__name__ for module in (first, *others)]
-    names = ["pooler"] if getattr(first, "module_output_name", None) == "sentence_embedding" else []
+    kinds, pools_itself = [type(module).__name__ for module in model], getattr(first, "module_output_name", None) == "sentence_embedding"
+    names = ["pooler"] if pools_itself else []
     for module, kind in zip(others, kinds[1:]):
         if kind == "Pooling" and module.include_prompt:
             names.append(module.pooling_mode if isinstance(module.pooling_mode, str) else "+".join(module.pooling_mode))
-    if kinds[0] != "Transformer" or not set(kinds[1:]) <= {"Pooling", "Normalize"} or len(names) != 1 or names[0] not in ("mean", "cls", "pooler"):
-        found = f"{', '.join(kinds)}, pooled by {', '.join(names) or 'nothing known'}"
-        raise ValueError(f"an Encoder is Transformer, Pooling (mean or cls of all tokens, prompt included) and Normalize; this model is {found}")
+    needed = ["Transformer"] if pools_itself else ["Transformer", "Pooling"]
+    in_order = kinds == [*needed, "Normalize"] or (kinds == needed and model.similarity_fn_name == "cosine")
+    if not in_order or len(names) != 1 or names[0] not in ("mean", "cls", "pooler") or model.truncate_dim is not None:
+        found = f"{', '.join(kinds)}, pooled by {', '.join(names) or 'nothing known'}, similarity {model.similarity_fn_name}, truncate_dim {model.truncate_dim}"
+        raise ValueError(
+            "an Encoder is Transformer, Pooling (mean or cls of all tokens, prompt included; none if the network has a pooler) and Normalize, in this order, with truncate_dim None; "
+            f"Normalize may be missing where the similarity is cosine; this model is {found}")
     return names[0]
 
-
+# %% ../nbs/14_sentence_transformers.ipynb #c6dfb078
 def from_sentence_transformer(
     model,  # a SentenceTransformer, or its folder or hub name
     device: str = "auto",  # auto, cpu, cuda or mps
     precision: str = "auto",  # auto, fp32, bf16 or int8
     **overrides,  # any field of `EncoderConfig`: prefixes, lengths
 ) -> Encoder:
-    "An `Encoder` with the weights, pooling, prompts and lengths of a sentence-transformers model. A `SentenceTransformer` shares its weights with it."
+    "An `Encoder` with the weights, pooling, prompts and lengths of a sentence-transformers model. A `SentenceTransformer` shares its weights with it, which become float32 on the device. Raises `ValueError` for a model whose vectors an `Encoder` does not give."
     if isinstance(model, (str, Path)):
         if (Path(model) / "hybrid_ir.json").exists():
             return load_encoder(str(model), device, precision, **overrides)
@@ -313,7 +317,7 @@ def from_sentence_transformer(
             model = import_sentence_transformers().SentenceTransformer(str(model), device=str(choose_device(device)))
     pooling, first, prompts = pooling_of(model), model[0], dict(model.prompts)
     network = first.model
-    limit = min(getattr(network.config, "max_position_embeddings", 512), first.max_seq_length or 512)
+    limit = min(readable_tokens(network.config) or 512, first.max_seq_length or 512)
     passage_prefix = next((prompts[name] for name in ("document", "passage", "corpus") if prompts.get(name)), "")
     config = EncoderConfig(**{
         "name": network.config._name_or_path or "sentence-transformers", "pooling": pooling, "query_prefix": prompts.get("query") or "", "passage_prefix": passage_prefix,

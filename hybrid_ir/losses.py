@@ -6,18 +6,30 @@
 __all__ = ['check_loss_inputs', 'info_nce']
 
 # %% ../nbs/05_losses.ipynb #0d053471
+from numbers import Real
+
 import torch
 from torch.nn import functional as F
 
 # %% ../nbs/05_losses.ipynb #3379f015
-def check_loss_inputs(queries: torch.Tensor, passages: torch.Tensor, temperature: float):
-    "Raise `ValueError` for shapes or a temperature that InfoNCE cannot use."
+def check_loss_inputs(queries, passages, temperature, negatives=None, groups=None, negative_groups=None):
+    "Raise `ValueError` for shapes or a temperature that `info_nce` cannot use."
     if queries.ndim != 2 or queries.shape != passages.shape:
         raise ValueError(f"queries and passages must have the same shape [n, dim], not {tuple(queries.shape)} and {tuple(passages.shape)}")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, not {temperature!r}")
+    if not isinstance(temperature, (Real, torch.Tensor)) or not temperature > 0:
+        raise ValueError(f"temperature must be a positive number, not {temperature!r}")
+    size, width = queries.shape
+    if negatives is not None and (negatives.ndim != 2 or negatives.shape[1] != width):
+        raise ValueError(f"negatives must have the shape [m, {width}], as wide as the queries, not {tuple(negatives.shape)}")
+    if groups is not None and groups.shape != (size,):
+        raise ValueError(f"groups must have the shape [{size}], a number for each query, not {tuple(groups.shape)}")
+    if negative_groups is not None:
+        if groups is None or negatives is None:
+            raise ValueError(f"negative_groups need {'groups' if groups is None else 'negatives'} as well")
+        if negative_groups.shape != negatives.shape[:1]:
+            raise ValueError(f"negative_groups must have the shape [{len(negatives)}], a number for each of the negatives, not {tuple(negative_groups.shape)}")
 
-
+# %% ../nbs/05_losses.ipynb #9185a14e
 def info_nce(
     queries: torch.Tensor,  # [n, dim] unit vectors
     passages: torch.Tensor,  # [n, dim] unit vectors; row i answers query i
@@ -28,13 +40,15 @@ def info_nce(
     symmetric: bool = False,  # also let each passage find its query, and average the two losses
 ) -> torch.Tensor:  # scalar
     "InfoNCE with in-batch negatives (van den Oord et al. 2018, equation 4, with cosine scores)."
-    check_loss_inputs(queries, passages, temperature)
+    check_loss_inputs(queries, passages, temperature, negatives, groups, negative_groups)
     targets = torch.arange(len(queries), device=queries.device)
-    scores = queries @ (passages if negatives is None else torch.cat([passages, negatives])).T / temperature
+    candidates, exact = passages if negatives is None else torch.cat([passages, negatives]), torch.promote_types(queries.dtype, torch.float32)
+    with torch.autocast(queries.device.type, enabled=False):
+        scores = queries.to(exact) @ candidates.to(exact).T / temperature
     masked = torch.zeros_like(scores, dtype=torch.bool)
     if groups is not None:
         masked[:, : len(queries)] = (groups[:, None] == groups[None, :]) & (targets[:, None] != targets[None, :])
-        if negatives is not None and negative_groups is not None:
+        if negative_groups is not None:
             masked[:, len(queries) :] = groups[:, None] == negative_groups[None, :]
     scores = scores.masked_fill(masked, -torch.inf)
     loss = F.cross_entropy(scores, targets)

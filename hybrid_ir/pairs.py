@@ -107,7 +107,7 @@ def check_record(
         raise ValueError(f"{where}: expected an object with id, query and passage, not {record!r:.80}")
     missing = [key for key in ("id", "query", "passage") if record.get(key) is None]
     if missing:
-        raise ValueError(f"{where}: id {record.get('id')!r} lacks {', '.join(missing)}")
+        raise ValueError(f"{where}: id {record.get('id')!r} lacks {', '.join(missing)}; it has {', '.join(map(str, record))}")
     pair_id = str(record["id"]) if isinstance(record["id"], (str, int)) and not isinstance(record["id"], bool) else ""
     if not pair_id:
         raise ValueError(f"{where}: id must be a text that is not empty, not {record['id']!r:.80}")
@@ -166,6 +166,9 @@ def record_rows(
 ) -> list:
     "The rows of one record, one for each language that has a query or a passage, sorted by language."
     page_key = text_key(f"page\n{record['source']}\n{record['page']}")
+    alone = sorted({*record["negatives"]} - {*record["query"], *record["passage"]})
+    if alone:
+        raise ValueError(f"id {record['id']!r} has negatives in {', '.join(alone)}, but no query and no passage there")
     rows = []
     for language in sorted({*record["query"], *record["passage"]}):
         passage = record["passage"].get(language)
@@ -356,7 +359,7 @@ def connected_ids(
 
 # %% ../nbs/01_pairs.ipynb #4d8999c6
 ROW_ARRAYS = {"id_of_row": np.int32, "language_of_row": np.int16, "has_query": bool, "has_passage": bool, "passage_key": np.uint64, "positions": np.uint64}
-ID_ARRAYS = {"first_rows": np.int32, "sets": np.int16, "page_key": np.uint64, "query_key": np.uint64}
+ID_ARRAYS = {"first_rows": np.int32, "sets": np.int16, "page_key": np.uint64, "query_key": np.uint64, "group_key": np.uint64}
 
 # %% ../nbs/01_pairs.ipynb #c8509c49
 class PairIndex:
@@ -372,6 +375,7 @@ class PairIndex:
     sets: np.ndarray  # int16 [n_ids], the number of the training set that the id comes from
     page_key: np.ndarray  # uint64 [n_ids]
     query_key: np.ndarray  # uint64 [n_ids], 0 where ids cannot share a question
+    group_key: np.ndarray  # uint64 [n_ids], equal for ids that were one group in the pairs that these were taken from; 0: taken from none
     query_rows: np.ndarray  # int32 [n_ids, n_languages], -1 where the query is missing
     passage_rows: np.ndarray  # int32 [n_ids, n_languages], -1 where the passage is missing
     groups: np.ndarray  # int32 [n_ids], equal for ids that share a passage text (or a query key), in any language, directly or through other ids
@@ -400,7 +404,7 @@ class PairIndex:
 
 # %% ../nbs/01_pairs.ipynb #92e0a9a2
 def fill_rows(
-    blocks: Iterable,  # of frames, one line for each row: set, record, lang (a number), has_query, has_passage, page_key, passage_key, query_key; maybe positions
+    blocks: Iterable,  # of frames, one line for each row: set, record, lang (a number), has_query, has_passage, page_key, passage_key, query_key, group_key; maybe positions
     n_rows: int,  # in all blocks
     new: Callable,  # new(name, shape, dtype) -> an array to fill
 ) -> dict:  # {name: array}
@@ -466,7 +470,7 @@ def build_pair_index(
         fill_matrix(matrix, arrays[f"has_{field}"], arrays)
     every_id = np.arange(n_ids)
     groups, page_blocks = new("groups", n_ids, np.int32), new("blocks", n_ids, np.int32)
-    groups[:] = connected_ids(n_ids, (arrays["id_of_row"], arrays["passage_key"]), (every_id, arrays["query_key"]))
+    groups[:] = connected_ids(n_ids, (arrays["id_of_row"], arrays["passage_key"]), (every_id, arrays["query_key"]), (every_id, arrays["group_key"]))
     page_blocks[:] = connected_ids(n_ids, (every_id, arrays["page_key"]), (every_id, groups.astype(np.uint64) + 1))
     return PairIndex(languages, arrays | {"groups": groups, "blocks": page_blocks})
 
@@ -487,6 +491,7 @@ def table_blocks(
             "page_key": part["page_key"].to_numpy(),
             "passage_key": pc.fill_null(part["passage_key"], 0).to_numpy(),
             "query_key": part["query_key"].to_numpy() if "query_key" in part.column_names else np.uint64(0),
+            "group_key": np.uint64(0),
         })
 
 # %% ../nbs/01_pairs.ipynb #3f47daff
@@ -524,7 +529,7 @@ def prepare_index(
     "The index of some rows: computed, and for many rows kept in the cache."
     if n_rows <= MAPPED_ROWS:
         return build()
-    folder, written = prepare_folder(f"index-{fingerprint}", lambda folder: {"languages": build(partial(new_file, folder)).languages})
+    folder, written = prepare_folder(f"pair-index-{fingerprint}", lambda folder: {"languages": build(partial(new_file, folder)).languages})
     return PairIndex(written["languages"], {path.stem: np.asarray(np.load(path, mmap_mode="r")) for path in folder.glob("*.npy")})
 
 # %% ../nbs/01_pairs.ipynb #6b4e2716
@@ -625,6 +630,7 @@ def row_blocks(
             "set": pairs.sets[ids], "record": ids, "lang": pairs.language_of_row[part],
             "has_query": pairs.has_query[part], "has_passage": pairs.has_passage[part],
             "page_key": pairs.page_key[ids], "passage_key": pairs.passage_key[part], "query_key": pairs.query_key[ids],
+            "group_key": pairs.groups[ids].astype(np.uint64) + 1,
             "positions": part if pairs.positions is None else pairs.positions[part],
         })
 
@@ -664,7 +670,10 @@ def select_pairs(
                 raise ValueError(f"{pairs.info['name']}: {len(unknown)} unknown pair ids, the first is {unknown[0]!r}")
             wanted = pairs.ids.isin(wanted.tolist())
         keep_id = np.zeros(pairs.n_ids, bool)
-        keep_id[wanted] = True
+        try:
+            keep_id[wanted] = True
+        except IndexError as error:
+            raise ValueError(f"{pairs.info['name']}: no such positions among its {pairs.n_ids} pair ids ({error})") from None
     return take_rows(pairs, keep_language[pairs.language_of_row] & keep_id[pairs.id_of_row])
 
 # %% ../nbs/01_pairs.ipynb #22a89c37
@@ -713,12 +722,13 @@ def joined_blocks(
     languages: list,  # of all of them
 ) -> Iterator:
     "Yield the frames of all parts for `fill_rows`, with training sets, languages and positions counted through."
-    first_set, first_position = 0, 0
+    first_set, first_position, first_group = 0, 0, np.uint64(0)
     for part in parts:
         numbers = np.array([languages.index(language) for language in part.languages])
         for block in row_blocks(part):
-            yield block.assign(set=block["set"] + first_set, lang=numbers[block["lang"]], positions=block["positions"] + first_position)
+            yield block.assign(set=block["set"] + first_set, lang=numbers[block["lang"]], positions=block["positions"] + first_position, group_key=block["group_key"] + first_group)
         first_set, first_position = first_set + len(part.set_names), first_position + len(part.data)
+        first_group += np.uint64(part.groups.max() + 1)
 
 # %% ../nbs/01_pairs.ipynb #555c03d0
 def concat_pairs(
@@ -928,6 +938,8 @@ def load_hub(
         raise ValueError(f"dataset {place!r} could not be read, or has no split {split!r} ({type(error).__name__}: {str(error or type(error))[:300]})") from error
     if isinstance(table, datasets.DatasetDict):
         table = table[choose("split", split, table)]
+    elif is_saved:
+        choose(f"split of {place}", split, ("train",))
     missing = [column for column in ("id", "query", "passage") if column not in table.column_names]
     if missing:
         raise ValueError(f"dataset {place!r} lacks the columns {', '.join(missing)}; it has {', '.join(table.column_names)}")
@@ -964,6 +976,8 @@ def load_pairs(
     "Load a training set, or several as one."
     if isinstance(name, (list, tuple)):
         return load_several(name, languages, path=path, split=split, negatives=negatives)
+    if not isinstance(name, (str, Path)):
+        raise TypeError(f"expected the name of a training set, a file or a folder, not {type(name).__name__}; of records in memory, ParallelPairs.from_records makes pairs")
     name = str(name)
     if name in PAIR_SETS:
         entry = PAIR_SETS[name]
@@ -979,10 +993,11 @@ def load_pairs(
         hint = "It has no public address: it comes with the study's data folder."
         pairs = load_json_lines(find_file(entry.file, path, sha256=entry.sha256, hint=hint), name)
     elif name.endswith((".jsonl", ".jsonl.gz")):
+        choose(f"split of {name}", split, ("train",))
         pairs = load_json_lines(find_file(name, path or name))
     elif name.startswith("hf:") or Path(name).is_dir():
         pairs = load_hub(name, split)
     else:
-        forms = "a .jsonl or .jsonl.gz file, a dataset folder, hf:owner/name"
+        forms = "a .jsonl or .jsonl.gz file (one record for each pair id), a dataset folder, hf:owner/name"
         raise ValueError(f"unknown training set {name!r}; valid: {', '.join(PAIR_SETS)}, {forms}")
     return pairs.select(languages)

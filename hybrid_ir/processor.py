@@ -8,7 +8,7 @@ __all__ = ['GOLDEN', 'BITS', 'loop', 'FUSED', 'SUM_ROWS', 'FAR', 'PACKED', 'APAR
            'narrow_as', 'exp2', 'workers', 'on_rows', 'rows_of', 'bits_of', 'rows_of_block', 'softmax_rows',
            'softmax_back', 'Attention', 'fuses_bf16', 'product', 'Linear', 'normal', 'gelu', 'gelu_back', 'FeedForward',
            'join_rows', 'join_back', 'Join', 'shared_sizes', 'round_rows', 'scale_sums', 'Int8Linear', 'round_gelu',
-           'Int8FeedForward', 'can_be_packed', 'PackedBert']
+           'Int8FeedForward', 'parts_read', 'can_be_packed', 'PackedBert']
 
 # %% ../nbs/02_processor.ipynb #6d798b4f
 import os
@@ -16,7 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import groupby
 
-import numba
 import numpy as np
 import torch
 from fastcore.basics import patch
@@ -25,8 +24,10 @@ from numba.extending import intrinsic, overload
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, BertModel, PreTrainedModel, XLMRobertaModel
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
+
+from .sources import compiled
 
 # %% ../nbs/02_processor.ipynb #d228132b
 def attention_by_products(
@@ -54,7 +55,7 @@ AttentionMaskInterface.register("products", eager_mask)
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # between the seeds of one place and the next
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def fill_mask(mask: np.ndarray, seed: np.uint64, dropped: int, kept):
     "Fill a mask [4 n] with 0, in `dropped` of 65,536 places on average, and the number `kept`."
     for place in range(len(mask) // 4):
@@ -109,7 +110,7 @@ def quicken_training(backbone: nn.Module):
                 setattr(parent, name, Dropout(child.p).train(child.training))
 
 # %% ../nbs/02_processor.ipynb #64858a6e
-loop = numba.njit(nogil=True, cache=True, fastmath=True, error_model="numpy")  # sums in any order, and no test for a division by zero: many numbers at once
+loop = compiled(nogil=True, fastmath=True, error_model="numpy")  # sums in any order, and no test for a division by zero: many numbers at once
 
 
 @intrinsic
@@ -136,6 +137,7 @@ def widen(number):
 
 @overload(widen, jit_options={"fastmath": True})
 def widen_as(number):
+    "What `widen` is for this type."
     if number == types.uint16:
         return lambda number: float_of(np.uint32(number) << np.uint32(16))
     return lambda number: number
@@ -147,6 +149,7 @@ def narrow(number, kind):
 
 @overload(narrow, jit_options={"fastmath": True})
 def narrow_as(number, kind):
+    "What `narrow` is for this type."
     def to_bits(number, kind):
         bits = bits_of_float(np.float32(number))
         return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
@@ -553,13 +556,25 @@ class Int8FeedForward:
         return down.scaled(torch._int_mm(whole, down.weight), found, zeros, apart @ down.apart)
 
 # %% ../nbs/02_processor.ipynb #9fd9d0d1
-PACKED = ("bert", "xlm-roberta")
+PACKED = (BertModel, XLMRobertaModel)
+
+
+def parts_read(backbone: nn.Module) -> list[nn.Module]:
+    "The parts of such a network whose weights `PackedBert` reads."
+    found = list(backbone.embeddings.children())
+    for layer in backbone.encoder.layer:
+        attention = layer.attention
+        found += [attention.self.query, attention.self.key, attention.self.value, attention.output.dense, attention.output.LayerNorm]
+        found += [layer.intermediate.dense, layer.output.dense, layer.output.LayerNorm]
+    return found
 
 
 def can_be_packed(backbone: nn.Module) -> bool:
-    "Whether `PackedBert` computes what this network does."
-    config = getattr(backbone, "config", None)
-    return getattr(config, "model_type", "") in PACKED and config.hidden_act == "gelu" and not config.is_decoder and hasattr(backbone, "encoder")
+    "Whether `PackedBert` computes what this network does: not with adapters, hooks, or other parts than a BERT or XLM-R has by itself."
+    if type(backbone) not in PACKED or backbone.config.hidden_act != "gelu" or backbone.config.is_decoder:
+        return False
+    own = all(type(part) in (nn.Linear, nn.Embedding, nn.LayerNorm, nn.Dropout, Dropout) for part in parts_read(backbone))
+    return own and not any(part._forward_hooks or part._forward_pre_hooks for part in backbone.modules())
 
 
 class PackedBert:
@@ -567,7 +582,7 @@ class PackedBert:
 
     def __init__(self, backbone: nn.Module, dtype: torch.dtype = torch.float32, int8: bool = False):
         config, embeddings = backbone.config, backbone.embeddings
-        self.heads, self.eps, self.start = config.num_attention_heads, config.layer_norm_eps, 0 if config.model_type == "bert" else config.pad_token_id + 1
+        self.heads, self.eps, self.padding = config.num_attention_heads, config.layer_norm_eps, None if config.model_type == "bert" else config.pad_token_id
         self.dropout = embeddings.dropout.p if backbone.training else 0.0
         self.attention_dropout = backbone.encoder.layer[0].attention.self.dropout.p if backbone.training else 0.0
         self.words, self.norm = embeddings.word_embeddings.weight, (embeddings.LayerNorm.weight, embeddings.LayerNorm.bias)
@@ -591,10 +606,19 @@ class PackedBert:
 
 # %% ../nbs/02_processor.ipynb #3a1684f5
 @patch
+def places_of(self: PackedBert, tokens: np.ndarray) -> np.ndarray:
+    "Which row of the table of places each token gets. XLM-R does not count tokens of padding, which a text may contain, and begins behind their row."
+    if self.padding is None:
+        return np.arange(len(tokens))
+    counted = tokens != self.padding
+    return np.cumsum(counted) * counted + self.padding
+
+
+@patch
 def embed(self: PackedBert, token_lists: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
     "What goes into the first layer, [tokens, dim]: around it in float32, and into its products."
-    tokens, places = (torch.from_numpy(np.concatenate(parts)).long() for parts in (token_lists, [np.arange(len(text)) for text in token_lists]))
-    hidden = F.embedding(tokens, self.words) + F.embedding(places + self.start, self.places)
+    tokens, places = (torch.from_numpy(np.concatenate(parts)).long() for parts in (token_lists, [self.places_of(text) for text in token_lists]))
+    hidden = F.embedding(tokens, self.words) + F.embedding(places, self.places)
     hidden = drop(F.layer_norm(hidden, hidden.shape[-1:], *self.norm, self.eps), self.dropout).float()
     return hidden, hidden.to(self.dtype) if self.rounding else hidden
 

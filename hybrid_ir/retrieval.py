@@ -16,8 +16,10 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
-from numba import config, njit, prange, set_num_threads
+from numba import config, prange, set_num_threads
 from tqdm import tqdm
+
+from .sources import compiled
 
 # %% ../nbs/07_retrieval.ipynb #2180e8eb
 def as_matrix(
@@ -71,31 +73,37 @@ def score_blocks(
     passages: torch.Tensor,  # float32 [n_passages, dim], on the device that is to do the work
     block: int,  # queries per block
     progress: bool = False,  # show a progress bar
+    multiple: int = 1,  # rows of zeros make the rows of each product a multiple of this
 ):
     "Yield (slice of queries, scores float32 array [queries in the slice, n_passages]). The next block overwrites the scores."
     n_blocks = -(-len(queries) // block)
     block = -(-len(queries) // n_blocks)  # blocks of even size
-    buffer = torch.empty(block, len(passages), device=passages.device)
+    height = -(-block // multiple) * multiple
+    buffer, part = torch.empty(height, len(passages), device=passages.device), torch.zeros(height, queries.shape[1], device=passages.device)
     for start in tqdm(range(0, len(queries), block), desc="Ranking", unit="block", disable=not progress):
         rows = slice(start, min(start + block, len(queries)))
-        scores = torch.mm(queries[rows].to(passages.device), passages.T, out=buffer[: rows.stop - rows.start])
-        yield rows, scores.cpu().numpy()
+        n = rows.stop - rows.start
+        part[:n] = queries[rows]
+        used = height if multiple > 1 else n
+        scores = torch.mm(part[:used], passages.T, out=buffer[:used])
+        yield rows, scores[:n].cpu().numpy()
 
 # %% ../nbs/07_retrieval.ipynb #4d533928
-@njit(cache=True)
+@compiled()
 def count_at_least(
     scores,  # float32 [n_passages]
     threshold,  # float32
     start,
     stop,
-):  # how many of scores[start:stop] are at least as high as the threshold
+):  # int32
+    "How many of scores[start:stop] are at least as high as the threshold."
     count = np.int32(0)
     for passage in range(start, stop):
         count += np.int32(scores[passage] >= threshold)
     return count
 
 
-@njit(parallel=True, cache=True)
+@compiled(parallel=True)
 def count_block(
     scores,  # float32 [n_queries, n_passages]
     first,  # int [n_queries + 1]: the judgements of query q are first[q] : first[q + 1]
@@ -140,7 +148,7 @@ def ranks_from_counts(
     return ranks
 
 # %% ../nbs/07_retrieval.ipynb #3a5708a8
-@njit(parallel=True, cache=True)
+@compiled(parallel=True)
 def best_of_block(
     scores,  # float32 [n_queries, n_passages]
     k,  # passages per query, at most n_passages
@@ -205,7 +213,7 @@ def count_judgements(
     "For each judgement: its score, and how many passages score at least as high."
     own, counts = np.empty(len(judgement_queries), dtype=np.float32), np.empty((2, len(judgement_queries)), dtype=np.int64)
     top = np.empty((len(queries), top_k), dtype=np.int32), np.empty((len(queries), top_k), dtype=np.float32)
-    for rows, scores in score_blocks(queries, passages, queries_per_block(len(passages), memory), progress):
+    for rows, scores in score_blocks(queries, passages, queries_per_block(len(passages), memory), progress, multiple=16):
         first = np.searchsorted(judgement_queries, np.arange(rows.start, rows.stop + 1))
         mine = slice(first[0], first[-1])
         own[mine], counts[:, mine] = count_block(scores, first - first[0], judgement_passages[mine], corpora[mine], pool)

@@ -103,14 +103,14 @@ def check_parameters(sampler: str, alpha: float, batch_size: int, seed: int):
 # %% ../nbs/04_samplers.ipynb #c80c47b8
 def check_pools(name: str, sizes: dict[str, int], batch_size: int):
     "Raise `ValueError` where a pool has fewer groups (`sizes`, by the name of the pool) than a batch has pairs."
+    if not any(sizes.values()):
+        raise ValueError(f"{name!r} has no {' and no '.join(sizes)}: leave it out, or choose other languages or another sampler")
     small = {pool: size for pool, size in sizes.items() if size < batch_size}
     if small:
         listed = ", ".join(f"{pool}: {size}" for pool, size in sorted(small.items(), key=lambda item: item[1]))
-        rest = [pool for pool in sizes if pool not in small]
-        raise ValueError(
-            f"batch_size {batch_size} is larger than the number of distinct pairs in {name!r} ({listed}); "
-            f"a batch_size up to {min(sizes.values())} works" + (f", or keep only {', '.join(rest)}" if rest else "")
-        )
+        rest, most = [pool for pool in sizes if pool not in small], min(sizes.values())
+        advice = [f"a batch_size up to {most} works"] * bool(most > 1) + [f"keep only {', '.join(rest)}"] * bool(rest)
+        raise ValueError(f"batch_size {batch_size} is larger than the number of distinct pairs in {name!r} ({listed}); {', or '.join(advice) or 'choose another sampler'}")
 
 # %% ../nbs/04_samplers.ipynb #5be94632
 def training_languages(pairs: ParallelPairs, sampler: str, alpha: float, languages: list[str] | None) -> list[str]:
@@ -121,7 +121,7 @@ def training_languages(pairs: ParallelPairs, sampler: str, alpha: float, languag
     if sampler == "english" and "en" not in (languages or pairs.languages):
         raise ValueError(f"sampler 'english' needs 'en' among the training languages; they are {languages or pairs.languages}")
     if len(chosen) < 2 and (sampler == "cross" or (sampler == "hybrid" and alpha < 1)):
-        raise ValueError(f"sampler {sampler!r} needs at least two training languages, not only {chosen}; valid: {pairs.languages}")
+        raise ValueError(f"sampler {sampler!r} needs at least two training languages, not only {chosen}" + ("; with one, 'mono' works" if len(pairs.languages) < 2 else f"; valid: {pairs.languages}"))
     return chosen
 
 # %% ../nbs/04_samplers.ipynb #53cd69a0

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WRITE_ERRORS', 'PAGE', 'CHECKSUMS', 'WHOLE_BYTES', 'choose', 'choose_all', 'writing_to', 'whole_file', 'write_json',
            'cache_dir', 'file_sha256', 'DownloadError', 'DataDownloader', 'download', 'explicit_file', 'find_file',
-           'describe_file', 'write_checksums', 'find_damage', 'FolderInUse', 'hold_folder']
+           'describe_file', 'write_checksums', 'find_damage', 'FolderInUse', 'hold_folder', 'compiled']
 
 # %% ../nbs/00_sources.ipynb #598725a1
 import errno
@@ -75,8 +75,9 @@ def writing_to(
 def whole_file(
     path,  # final name of a file
 ):
-    "A temporary path to write to. It gets its final name if nothing was raised, and is removed otherwise."
-    temporary = Path(f"{path}.partial")
+    "A temporary path to write to, of several processes each its own. It gets its final name if nothing was raised, and is removed otherwise."
+    rank = int(os.environ.get("RANK") or 0)
+    temporary = Path(f"{path}.{rank}.partial" if rank else f"{path}.partial")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -289,3 +290,16 @@ def hold_folder(
         with suppress(OSError):
             path.write_text("", encoding="utf-8")
         lock.release()
+
+# %% ../nbs/00_sources.ipynb #51c7d842
+def compiled(**options):
+    "A decorator: `numba.njit` with these options, kept on the disk where there is a place for it."
+    from numba import njit
+
+    def compile_it(function):
+        try:
+            return njit(cache=True, **options)(function)
+        except RuntimeError:  # no such place
+            return njit(**options)(function)
+
+    return compile_it

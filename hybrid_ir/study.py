@@ -8,8 +8,8 @@ __all__ = ['TRAINING_LANGUAGES', 'PLANS', 'SERIES', 'PAPER_SAMPLERS', 'CLAIMS', 
            'study_runs', 'report_benchmarks', 'study_progress', 'variant_name', 'describe', 'short_name', 'Comparison',
            'load_comparison', 'published', 'Claim', 'verdict', 'effect_of', 'for_queries_in', 'allows', 'macro_mean',
            'level_changes', 'reason_of_gap', 'judge', 'unseen_languages', 'judge_all', 'all_comparisons', 'runs_behind',
-           'last_fall', 'endings', 'computed_by', 'alpha_curve', 'narrowing_in_words', 'short_answer', 'gap_answer',
-           'ablation_line', 'ablation_answer']
+           'last_fall', 'endings', 'computed_by', 'alpha_curve', 'signed', 'narrowing_in_words', 'short_answer',
+           'gap_answer', 'ablation_line', 'ablation_answer']
 
 # %% ../nbs/12_study.ipynb #3efa6b0c
 import json
@@ -433,11 +433,15 @@ def alpha_curve(comparison: Comparison) -> dict[float, list[Scores]]:
     return {alpha: [run.after[comparison.benchmark] for run in runs[alpha] if run.config.seed in shared] for alpha in sorted(runs) if shared}
 
 # %% ../nbs/12_study.ipynb #353c7c2b
+def signed(value: float) -> str:
+    "With one decimal and its sign; what rounds to 0 has none."
+    return f"{value:+.1f}" if round(value, 1) else "0.0"
+
+
 def narrowing_in_words(row: dict) -> str:
     "An effect on the gap with its interval, and what its two levels did, in points of mAP."
     value, low, high = 100 * row["effect"], 100 * row["low"], 100 * row["high"]
-    within, across = (round(100 * row[name], 1) + 0.0 for name in ("within", "across"))  # no -0.0
-    changes = f"within a language {within:+.1f}, across languages {across:+.1f}"
+    changes = f"within a language {signed(100 * row['within'])}, across languages {signed(100 * row['across'])}"
     way, bounds = ("narrower", (low, high)) if value >= 0 else ("wider", (-high, -low))
     return f"{way} by {abs(value):.1f} points of mAP [{bounds[0]:.1f}, {bounds[1]:.1f}] ({changes})"
 

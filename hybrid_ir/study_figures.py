@@ -254,11 +254,12 @@ def published_plot(scores: dict[str, list[Scores]], paper: pd.DataFrame, label: 
 def validation_plot(runs: dict[str, list[Run]]) -> Figure:
     "Loss on held-out ids of all runs; the kept step of each as a dot. Samplers are validated on their own kind of batches, so their levels differ."
     figure, axis = new_figure(7, 3)
+    variants, styles = [name for name in runs if "," in name], ("--", ":", "-.")
     for name, seeds in runs.items():
         for number, run in enumerate(seeds):
             checks = run.log.dropna(subset="validation_loss")
             kept = checks[checks["step"] == run.metrics["training"]["best_step"]]
-            look = {"color": colour_of(name), "linewidth": 1, "linestyle": "--" if "," in name else "-"}
+            look = {"color": colour_of(name), "linewidth": 1, "linestyle": styles[variants.index(name) % len(styles)] if name in variants else "-"}
             axis.plot(checks["step"], checks["validation_loss"], **look, label=name if number == 0 else None)
             axis.plot(kept["step"], kept["validation_loss"], "o", color=colour_of(name), markersize=4)
     axis.set(xlabel="step", ylabel="loss on held-out ids")
@@ -276,7 +277,7 @@ def runs_table(runs: dict[str, list[Run]]) -> pd.DataFrame:
             rows.append({
                 "sampler": name, "seed": run.config.seed, "steps": training["steps"], "kept": training["best_step"],
                 "pairs/s": round(training["pairs_per_second"], 1), "minutes": round(run.metrics["wall_seconds"] / 60, 1),
-                "machine": f"{found['processor']}, {found['threads']} threads, {found['precision']}", "code": code, "run": run.folder.name,
+                "machine": f"{found['processor']}, {found['threads']} thread{'s' * (found['threads'] > 1)}, {found['precision']}", "code": code, "run": run.folder.name,
             })  # fmt: skip
     return pd.DataFrame(rows).set_index("sampler")
 
@@ -292,10 +293,11 @@ def full_verdict(row: dict) -> str:
 def claim_row(row: dict) -> dict:
     "A row of `study.judge_all` as text."
     gap = {"within, across": f"{row['within']:+.3f}, {row['across']:+.3f}"} if "within" in row else {}
+    digits = 4 if f"{row['bound']:.3f}" in (f"{row['low']:.3f}", f"{row['high']:.3f}") else 3  # what decides is to be seen
     shown = {
         "claim": row["text"], "encoder": row["encoder"], "benchmark": parse_benchmark(row["benchmark"]).title,
         "questions in": "all" if row["languages"] == "all" else ", ".join(row["languages"]), "against": row["against"],
-        "effect": f"{Estimate(row['effect'], row['low'], row['high']):+.3f}", **gap,
+        "effect": f"{Estimate(row['effect'], row['low'], row['high']):+.{digits}f}", **gap,
         "bound": f"{row['bound']:g}", "seeds": row["seeds"], "verdict": full_verdict(row),
     }  # fmt: skip
     return {name: text.replace("-", "\u2212") if name in ("effect", "within, across") else text for name, text in shown.items()}

@@ -726,3 +726,10 @@ def test_repeated_ids_and_empty_texts_are_refused():
 def test_displays_itself():
     benchmark = load_benchmark("sample")
     assert "sample" in repr(benchmark) and "<table" in benchmark._repr_html_() and "528" in benchmark._repr_html_()
+
+
+@pytest.mark.parametrize("query, passage", [(-1, 0), (0, 1), (0, -1), (2, 0)])
+def test_a_judgement_about_no_row(query, passage):
+    frame = pd.DataFrame({"id": ["a"], "lang": ["de"], "text": ["Text"]})
+    with pytest.raises(ValueError, match="mine: a judgement names .* and there are 1 rows"):
+        Benchmark("mine", frame, frame, pd.DataFrame({"query": [query], "passage": [passage], "grade": [1]}))

@@ -113,6 +113,7 @@ def test_without_options_it_is_the_main_job():
         ("run --encoder me5", "unknown encoder 'me5'; valid: me5-small-q4"), ("run --benchmarks xquad", "unknown benchmark 'xquad'; valid: sample, xquad_r"), ("run --train parallel_doc", "valid: sample, parallel_docs"),
         ("run --batch-size 500 --encoder use-multilingual-v3", "a batch_size up to 86 works"), ("evaluate me5-small-q4 --tasks multy", "unknown task 'multy'; valid: mono, cross, multi"),
         ("run --precision int8", "'int8' (choose from"), ("evaluate use-multilingual-v3 --device cpu --precision int8", "'use-multilingual-v3' cannot encode in 'int8'"),
+        ("evaluate me5-small-q4 --benchmarks ,,", "--benchmarks ',,' names nothing"), ("evaluate me5-small-q4 --measures ,", "--measures ',' names nothing"), ("evaluate me5-small-q4 --tasks ,", "--tasks ',' names nothing"),
         ("evaluate me5-small-q4 --measures map@x", "map@x"), ("evaluate me5-small-q4 --benchmarks sample:xx", "'xx'; valid: ar"), ("evaluate", "ENCODER"),
         ("sample-batches --batches 0", "batches must be a whole number of at least 1, not 0"), ("study --only [", "'[' is not a regular expression"), ("study --encoder me5", "valid: use-multilingual-v3"), ("inform", "'inform' (choose from"),
     ],
@@ -134,6 +135,13 @@ def test_failures_are_one_line_and_debug_adds_the_traceback(capsys, monkeypatch,
     assert main(["study", "--list", "--debug"]) == 1
     errors = capsys.readouterr().err
     assert "Traceback" in errors and "needs a checkout" in errors.splitlines()[-1]
+
+
+def test_a_folder_that_cannot_be_written_stops_the_evaluation_before_it_starts(encoder, capsys, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("hybrid_ir.encoders.load_encoder", lambda *words, **options: pytest.fail("the encoder was loaded"))
+    assert main(["evaluate", encoder, "--save", str(tmp_path / "file" / "scores")]) == 1
+    assert str(tmp_path / "file") in capsys.readouterr().err
 
 
 def test_sample_batches_are_those_of_the_run(capsys):

@@ -6,10 +6,14 @@ import json
 import pickle
 import shutil
 import struct
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.utils.prune
 from tiny import save_tiny, texts
 
 from hybrid_ir.encoders import KNOWN_LANGUAGES, KEPT, Encoder, EncoderConfig, UseConfig, UseModel, choose_device, choose_precision, load_encoder, protobuf_fields
@@ -84,6 +88,8 @@ EDITS = {
     "the places in place": lambda backbone, other: backbone.embeddings.position_embeddings.weight.add_(other["embeddings.position_embeddings.weight"]),
     "through .data": lambda backbone, other: [weight.data.add_(other[name]) for name, weight in backbone.named_parameters()],
     "one matrix through .data": lambda backbone, other: backbone.encoder.layer[0].intermediate.dense.weight.data.mul_(3),
+    "a head through .data": lambda backbone, other: backbone.encoder.layer[0].attention.self.value.weight.data[8:16].zero_(),
+    "the places through .data": lambda backbone, other: backbone.embeddings.position_embeddings.weight.data[1:].mul_(-1),
     "new .data": lambda backbone, other: setattr(backbone.encoder.layer[0].output.dense.weight, "data", other["encoder.layer.0.output.dense.weight"]),
 }
 
@@ -103,7 +109,7 @@ def test_what_is_kept_follows_the_weights(tiny_folder, edit, precision, without_
     after = encoder.encode(some)
     fresh = load_encoder(str(tiny_folder), device="cpu", precision=precision)
     fresh.backbone.load_state_dict({name: values.clone() for name, values in encoder.backbone.state_dict().items()})
-    assert np.array_equal(after, fresh.encode(some)) and not np.allclose(after, before, atol=1e-3)
+    assert np.array_equal(after, fresh.encode(some)) and not np.allclose(after, before, atol=1e-4)
 
 
 def test_what_is_kept_is_for_one_precision_and_encoder(tiny_folder, tmp_path):
@@ -133,6 +139,99 @@ def test_nothing_is_kept_longer_than_of_use(tiny_folder):
     assert len(KEPT) < count
 
 
+class Adapter(torch.nn.Module):
+    "A layer with something added, as libraries of adapters make it."
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.weight, self.bias = layer, layer.weight, layer.bias
+
+    def forward(self, values):
+        return self.layer(values).roll(1, -1)
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+CHANGES = {
+    "adapter": lambda backbone: setattr(backbone.encoder.layer[0].output, "dense", Adapter(backbone.encoder.layer[0].output.dense)),
+    "hook": lambda backbone: backbone.encoder.layer[0].output.dense.register_forward_hook(lambda module, given, found: 2 * found),
+    "hook before": lambda backbone: backbone.encoder.layer[0].register_forward_pre_hook(lambda module, given: (given[0] + torch.linspace(0, 1, given[0].shape[-1]), *given[1:])),
+    "pruning": lambda backbone: torch.nn.utils.prune.l1_unstructured(backbone.encoder.layer[0].output.dense, "weight", 0.5),
+    "parametrisation": lambda backbone: torch.nn.utils.parametrize.register_parametrization(backbone.encoder.layer[0].attention.self.value, "weight", Doubled()),
+    "quantisation": lambda backbone: torch.ao.quantization.quantize_dynamic(backbone.encoder, {torch.nn.Linear}, inplace=True),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_network_encodes_as_it_is(tiny_folder, change):
+    encoder, some = load_encoder(str(tiny_folder), device="cpu", precision="fp32"), texts()[:4]
+    before = encoder.encode(some)
+    assert encoder.packs()
+    CHANGES[change](encoder.backbone)
+    with torch.no_grad():
+        expected = encoder(*encoder.pad(encoder.tokenize(some))).numpy()
+    assert np.allclose(encoder.encode(some), expected, atol=1e-2 if change == "quantisation" else 1e-5) and not encoder.packs()
+    assert np.abs(expected - before).max() > 1e-4
+
+
+def test_modes_are_as_they_were(tiny_folder):
+    encoder = load_encoder(str(tiny_folder), device="cpu", precision="fp32")
+    expected = encoder.encode(texts()[:3])
+    encoder.backbone.train()  # as a trainer that shares the network does
+    assert np.array_equal(encoder.encode(texts()[:3]), expected) and encoder.backbone.training and not encoder.training
+    encoder.backbone.eval()
+    assert np.array_equal(encoder.encode(texts()[:3]), expected)
+    encoder.train()
+    encoder.backbone.embeddings.eval()
+    with pytest.raises(ValueError, match="query 1 has half of a surrogate pair at 1"):
+        encoder.encode(["a", "b\ud800"])
+    encoder.encode(texts()[:3])
+    assert encoder.training and encoder.backbone.encoder.training and not encoder.backbone.embeddings.training
+
+
+def test_threads_cut_at_their_own_length(tiny_folder):
+    encoder = load_encoder(str(tiny_folder), device="cpu", query_length=8, passage_length=64)
+    long, stop = [" ".join(texts()[:9])] * 200, threading.Event()
+
+    def questions():
+        while not stop.is_set():
+            assert max(map(len, encoder.tokenize(long[:3], "query"))) == 8
+        return True
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            asking = [pool.submit(questions) for _ in range(2)]
+            found = {len(tokens) for _ in range(40) for tokens in encoder.tokenize(long, "passage")}
+            stop.set()
+            assert found == {64} and all(one.result() for one in asking)
+    finally:
+        stop.set()
+        sys.setswitchinterval(before)
+
+
+def test_tokens_of_padding_inside_a_text(tiny_folder):
+    encoder = load_encoder(str(tiny_folder), device="cpu", precision="fp32")
+    pad = encoder.tokenizer.pad_token
+    some = [f"a {pad} question", f"{pad}{pad} another one", "without"]
+    with torch.no_grad():
+        expected = encoder(*encoder.pad(encoder.tokenize(some))).numpy()
+    assert encoder.packs() and np.allclose(encoder.encode(some), expected, atol=1e-5)
+
+
+def test_the_longest_text(tiny_folder):
+    limit = 298 if "roberta" in json.loads((tiny_folder / "config.json").read_text())["model_type"] else 300
+    with pytest.raises(ValueError, match=f"at most {limit} tokens"):
+        load_encoder(tiny_folder, device="cpu", passage_length=limit + 1)
+    encoder = load_encoder(tiny_folder, device="cpu", passage_length=limit)
+    assert encoder.encode([" ".join(texts())], "passage").shape == (1, 32)
+
+
 def test_pooling_ignores_padding(tiny_folder):
     encoder = load_encoder(str(tiny_folder), device="cpu", precision="fp32")
     token_lists = encoder.tokenize(["short", "a much longer sentence that needs more tokens than the other"])
@@ -160,7 +259,7 @@ def test_errors_come_early_and_say_what_is_valid(tiny_folder):
         load_encoder("me5-small-q4", precision="fp8")
     with pytest.raises(ValueError, match="mean, cls"):
         load_encoder("me5-small-q4", pooling="max")
-    with pytest.raises(ValueError, match="at most 300 tokens"):
+    with pytest.raises(ValueError, match="at most (298|300) tokens"):
         load_encoder(str(tiny_folder), passage_length=512)
     encoder = load_encoder(str(tiny_folder), device="cpu", passage_length=100)
     for wrong, error in (([""], "query 0 is empty"), (["a", " \n"], "query 1 is empty")):
@@ -398,3 +497,10 @@ def test_protobuf_fields():
 def test_a_pooling_that_the_network_lacks_is_refused(name, pooling, valid):
     with pytest.raises(ValueError, match=f"'{name}' cannot be pooled by '{pooling}'; valid: {valid}"):
         load_encoder(name, device="cpu", pooling=pooling)
+
+
+def test_a_folder_without_an_encoder(tmp_path):
+    with pytest.raises(ValueError, match="holds no encoder: it has no config.json"):
+        load_encoder(tmp_path)
+    with pytest.raises(ValueError, match="unknown encoder './nothing'"):
+        load_encoder("./nothing")

@@ -531,3 +531,31 @@ def test_no_distance_between_languages_where_answers_are_in_one():
     shown = scores._repr_html_()
     assert "same_language_share@10" in shown and "nan" not in shown and "distance" not in shown
     assert len(bias_plot(scores, scores).axes) == 1
+
+
+def test_other_texts_or_judgements_are_not_compared():
+    plain, context = (score_all(load_benchmark("sample", ["de", "en"], context=context)) for context in (False, True))
+    with pytest.raises(ValueError, match="the texts or judgements of sample differ"):
+        compare(plain, context)
+    del context.info["fingerprint"]  # as in scores that were saved before
+    assert len(compare(plain, context))
+
+
+def score_all(benchmark, **options):
+    rng = np.random.default_rng(0)
+    vectors = [rng.standard_normal((len(table), 8)) for table in (benchmark.queries, benchmark.passages)]
+    return score_embeddings(benchmark, *vectors, **{"k": 0, **options})
+
+
+def test_what_is_scored_is_checked_first():
+    benchmark = load_benchmark("sample", ["de", "en"])
+    one, twice = score_all(benchmark, measures="map"), score_all(benchmark, measures=["map", "map"])
+    assert one.measures == twice.measures == ["map"] and "rank_distance" in twice.bias().columns
+    for options, message in (({"k": -5}, "k must be a whole number of at least 0, not -5"), ({"k": 2.5}, "not 2.5"), ({"share_at": 0}, "share_at must be a whole number of at least 1"), ({"measures": ["mop"]}, "unknown measure 'mop'")):
+        with pytest.raises(ValueError, match=message):
+            score_all(benchmark, **options)
+
+
+def test_a_name_is_no_benchmark():
+    with pytest.raises(TypeError, match="expected a Benchmark, as `load_benchmark.name.` gives it, not 'sample'"):
+        evaluate(lambda texts, kind: np.ones((len(texts), 2)), "sample")

@@ -1,5 +1,6 @@
 """A run is a function of its configuration: computed once, resumed where it stopped, never mixed; and its notebook tells the story."""
 
+import dataclasses
 import json
 import os
 import re
@@ -10,12 +11,15 @@ import warnings
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import ROOT
 from tiny import save_tiny
 
 from hybrid_ir import experiment
+from hybrid_ir.evaluation import content_sha256, evaluate
 from hybrid_ir.experiment import BenchmarkChoice, RunConfig, checkpoint_folder, complete_runs, parse_benchmark, read_run, reports_folder, run, run_folder
 from hybrid_ir.samplers import SAMPLERS
 
@@ -128,6 +132,117 @@ def test_two_precisions_are_told(encoder, tmp_path):
         run(config, tmp_path, progress=False)
 
 
+def test_two_codes_are_told(encoder, tmp_path, monkeypatch):
+    assert "index" in experiment.COMPUTING_MODULES, "it encodes"
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "code_hash", lambda: "0123456789")
+        run(RunConfig(encoder=encoder, **SMALL), tmp_path, progress=False)
+    with pytest.warns(UserWarning, match=f"sample was evaluated by the code 0123456789 before training and by the code {experiment.code_hash()} after it"):
+        run(RunConfig(encoder=encoder, **SMALL, seed=1), tmp_path, progress=False)
+
+
+def other_weights(folder: str) -> experiment.Encoder:
+    "The encoder of a folder, with noise in all its weights."
+    encoder = experiment.load_encoder(folder)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for values in encoder.parameters():
+            values.add_(torch.randn_like(values))
+    return encoder
+
+
+def averages(scores: experiment.Scores) -> dict:
+    return scores.to_dict()["averages"]
+
+
+def test_folders_that_end_alike_are_kept_apart(encoder, tmp_path):
+    one, other = (str(shutil.copytree(encoder, tmp_path / name / "model" / "final")) for name in "ab")
+    other_weights(other).save(other)
+    answers = beir(tmp_path / "a" / "data" / "beir", 0), beir(tmp_path / "b" / "data" / "beir", 3)
+    for folder in (one, other):
+        for benchmark in ("sample", *answers):
+            config = RunConfig(encoder=folder, **SMALL, benchmarks=benchmark)
+            result, own = run(config, tmp_path / "reports", progress=False), experiment.load_benchmark(benchmark)
+            for scores, weights in ((result.before, experiment.load_encoder(folder)), (result.after, result.load_encoder())):
+                assert averages(scores[benchmark])["mono"]["map"]["value"] == pytest.approx(evaluate(weights, own, progress=False).to_dict()["averages"]["mono"]["map"]["value"], abs=1e-6)
+    assert len(complete_runs(tmp_path / "reports")) == 2
+    assert [experiment.slug(name) for name in ("me5-small-q4", "xm3600:known", "owner/model")] == ["me5-small-q4", "xm3600-known", "owner-model"]
+
+
+def test_files_that_have_changed_are_told(encoder, tmp_path, monkeypatch):
+    mine, pairs, benchmark = shutil.copytree(encoder, tmp_path / "mine"), tmp_path / "pairs.jsonl", beir(tmp_path / "beir", 0)
+    records = [{"id": f"{n}", "query": {"de": f"Frage {n}", "en": f"question {n}"}, "passage": {"de": f"Antwort {n}", "en": f"answer {n}"}} for n in range(80)]
+    pairs.write_text("".join(json.dumps(record) + "\n" for record in records))
+    config = RunConfig(encoder=str(mine), **SMALL | {"languages": "de,en"}, train=str(pairs), benchmarks=benchmark)
+    first = run(config, tmp_path / "reports", progress=False)
+    for slow in ("train", "load_encoder", "load_pairs", "load_benchmark"):
+        monkeypatch.setattr(experiment, slow, lambda *arguments, **options: pytest.fail("something slow was started"))
+    untouched = experiment.untouched_folder(config, benchmark, tmp_path / "reports")
+    for path, kind, name, stale in [
+        (mine / "model.safetensors", "encoder", mine, untouched), (pairs, "train", pairs, first.folder), (tmp_path / "beir" / "de" / "qrels" / "test.tsv", "benchmark", benchmark, untouched),
+    ]:  # fmt: skip
+        kept = path.read_bytes()
+        path.write_bytes(kept + b" ")
+        for seed in (0, 1) if stale == untouched else (0,):  # another run would take the scores before training for its own
+            with pytest.raises(ValueError, match=f"{kind} {name}: changed since these were computed: .*{stale}.* remove them"):
+                run(dataclasses.replace(config, seed=seed), tmp_path / "reports", progress=False)
+        assert averages(complete_runs(tmp_path / "reports")[0].after[benchmark]) == averages(first.after[benchmark]), "what was computed can be looked at"
+        path.write_bytes(kept)
+        assert run(config, tmp_path / "reports", progress=False).metrics == first.metrics
+    for file in (first.folder / "metrics.json", untouched / "metrics.json"):  # as earlier versions wrote them
+        content = {name: value for name, value in json.loads(file.read_text()).items() if name not in ("inputs", "sha256")}
+        file.write_text(json.dumps(content | {"sha256": content_sha256(content)}))
+    pairs.write_text("")
+    assert run(config, tmp_path / "reports", progress=False).log.equals(first.log)
+
+
+def test_scores_that_do_not_belong_together_are_refused(encoder, tmp_path):
+    config = RunConfig(encoder=encoder, **SMALL)
+    run(config, tmp_path, progress=False)
+    place = experiment.untouched_folder(config, "sample", tmp_path)
+    scores = experiment.Scores.load(place)
+    scores.info["inputs"][f"encoder {encoder}"] = "another"
+    scores.save(place)
+    with pytest.raises(ValueError, match=f"sample before and after training do not belong together, they differ in encoder {encoder}"):
+        complete_runs(tmp_path)
+
+
+PROCESSES = """
+import json, sys
+from accelerate import PartialState
+from hybrid_ir.experiment import RunConfig, run
+config = RunConfig(encoder=sys.argv[1], benchmarks=("sample:de+en", "sample:en+th", "sample:de"), device="cpu", precision="fp32", **json.loads(sys.argv[2]))
+for _ in range(2):  # the second time both only read
+    result = run(config, "reports", progress=False)
+print(json.dumps([PartialState().num_processes, {name: scores.to_dict()["averages"] for name, scores in result.after.items()}]) + "\\n", end="")
+"""
+
+
+def test_two_processes(encoder, tmp_path):
+    "One of them scores and writes, both return the run."
+    (tmp_path / "script.py").write_text(PROCESSES)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "script.py", encoder, json.dumps(SMALL | {"dropout": 0.0})]
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(launch, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths}, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, other = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("["))
+    assert one == other and one[0] == 2 and list(one[1]) == ["sample:de+en", "sample:en+th", "sample:de"]
+    assert not list(tmp_path.rglob("*.partial")) and len(list((tmp_path / "reports").rglob("metrics.json"))) == 7
+
+
+def test_what_was_drawn_is_what_was_trained_on(encoder, tmp_path):
+    options = SMALL | dict(steps=60, validate_every=1, patience=1, learning_rate=3e-2, warmup=0.0)
+    metrics = run(RunConfig(encoder=encoder, **options), tmp_path, progress=False).metrics
+    assert metrics["composition"]["batches"] == metrics["training"]["steps"] < 60
+
+
+def test_metrics_are_json_without_validation_too(encoder, tmp_path):
+    folder = run(RunConfig(encoder=encoder, **SMALL, heldout=0), tmp_path, progress=False).folder
+    for file in folder.rglob("*.json"):
+        json.loads(file.read_text(), parse_constant=lambda word: pytest.fail(f"{word} in {file}"))
+    assert json.loads((folder / "metrics.json").read_text())["training"]["best_validation_loss"] is None
+
+
 def test_a_configuration_that_was_changed_is_found(encoder, tmp_path):
     config = RunConfig(encoder=encoder, **SMALL)
     file = run(config, tmp_path, progress=False).folder / "config.json"
@@ -151,9 +266,54 @@ def test_benchmarks_as_words():
     assert parse_benchmark("miracl:yo").languages == ("yo",)
     choice = parse_benchmark("xquad_r:el+ar+de:known")
     assert choice.of(["ar", "de", "el", "en"], "use-multilingual-v3") == ["ar", "de"] and choice.of(["ar", "el"], "me5-small-q4") == ["ar", "el"]
-    for wrong, message in [("xquad", "valid: sample, xquad_r"), ("xquad_r:contxt", "'contxt'; valid: ar"), ("xquad_r:de+xx", "'xx'; valid: ar")]:
+    for wrong, message in [
+        ("xquad", "valid: sample, xquad_r"), ("xquad_r:contxt", "'contxt'; valid: ar"), ("xquad_r:de+xx", "'xx'; valid: ar"), ("xquad_r:de+known", "'known'; valid: ar.* colon of its own known, context"),
+        ("xquad_r:known+context", "'known'; valid: ar"), ("xm3600:de:context", "context is an option of sample, xquad_r, mlqa_r"),
+    ]:  # fmt: skip
         with pytest.raises(ValueError, match=message):
             parse_benchmark(wrong)
+
+
+def beir(folder: Path, relevant: int, languages=("de",)) -> str:
+    "A benchmark of one question a language, answered by passage number `relevant` of four; without languages, a folder that does not say its own."
+    for place in [folder / language for language in languages] or [folder]:
+        (place / "qrels").mkdir(parents=True, exist_ok=True)
+        (place / "corpus.jsonl").write_text("".join(json.dumps({"_id": f"d{number}", "text": f"Text {number}: {word}"}) + "\n" for number, word in enumerate(["Hund", "Katze", "Maus", "Vogel"])))
+        (place / "queries.jsonl").write_text(json.dumps({"_id": "q", "text": "Wo ist der Hund?"}))
+        (place / "qrels" / "test.tsv").write_text(f"query-id\tcorpus-id\tscore\nq\td{relevant}\t1\n")
+    return str(folder)
+
+
+def test_words_of_folders(encoder, tmp_path, monkeypatch):
+    mine, flat = beir(tmp_path / "mine", 0, ("de", "en")), beir(tmp_path / "flat", 0, ())
+    assert parse_benchmark(f"{mine}:de").languages == ("de",) and parse_benchmark(flat).source == (flat, None, False)
+    for wrong, message in [(f"{mine}:de+fr", "'fr'; valid: de, en"), (f"{mine}:contxt", "'contxt'; valid: de, en"), (f"{flat}:en+de", "must name that one"), (f"{mine}:context", "context is an option of sample")]:
+        with pytest.raises(ValueError, match=message):
+            RunConfig(encoder=encoder, benchmarks=wrong)
+    with pytest.raises(ValueError, match="leaves no language: use-multilingual-v3 knows ar, de"):
+        RunConfig(encoder="use-multilingual-v3", benchmarks="xquad_r:el+vi:known")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="no corpus.jsonl"):
+        RunConfig(encoder=encoder, benchmarks=str(tmp_path / "empty"))
+    result = run(RunConfig(encoder=encoder, **SMALL, benchmarks=f"{flat}:en"), tmp_path, progress=False)
+    assert result.after[f"{flat}:en"].info["languages"] == ["en"]
+
+
+def test_languages_that_the_files_lack_are_told_before_anything_is_encoded(encoder, tmp_path, monkeypatch):
+    load = experiment.load_benchmark
+    monkeypatch.setattr(experiment, "load_benchmark", lambda name, *arguments, **options: load("sample", ["de", "en"]) if name == "xquad_r" else load(name, *arguments, **options))
+    monkeypatch.setattr(experiment, "embed", lambda *arguments: pytest.fail("something was encoded"))
+    with pytest.raises(ValueError, match="unknown language of xquad_r 'el'; valid: de, en"):
+        run(RunConfig(encoder=encoder, **SMALL, benchmarks="sample, xquad_r:de+el"), tmp_path, progress=False)
+
+
+def test_equal_configurations_have_equal_keys():
+    plain = RunConfig(seed=1, alpha=1.0, dropout=0.0, batch_size=8, languages=("de", "en"))
+    same = RunConfig(seed=np.int64(1), alpha=1, dropout=np.float64(0), batch_size=np.int32(8), languages=["de", "en"])
+    assert same == plain and same.key == plain.key and RunConfig(languages="de").languages == ("de",)
+    for file in sorted((ROOT / "reports").glob("*/runs/*/config.json")):
+        saved = {name: value for name, value in json.loads(file.read_text()).items() if name not in ("files", "sha256")}
+        assert run_folder(RunConfig(**saved), ROOT / "reports") == file.parent
 
 
 def test_the_code_hash_ignores_comments():
@@ -221,7 +381,7 @@ def test_wrong_configurations_fail_before_anything_is_loaded(monkeypatch, tmp_pa
         (dict(encoder="me5"), "unknown encoder 'me5'; valid: me5-small-q4"), (dict(sampler="x"), "valid: english, mixed"), (dict(alpha=-0.1), "alpha"),
         (dict(device="tpu"), "valid: auto, cpu"), (dict(precision="int8"), "valid: auto, fp32, bf16"), (dict(passage_length=1), "passage_length"),
         (dict(benchmarks=()), "at least one benchmark"), (dict(train="parallel_doc"), "parallel_docs"), (dict(benchmarks="xquad"), "xquad_r"),
-        (dict(languages="de,xx"), "unknown language 'xx'; valid: ar, de"), (dict(batch_size=500), "a batch_size up to"), (dict(sampler="cross", languages="de"), "two training languages"),
+        (dict(languages="de,xx"), "unknown language 'xx'; valid: ar, de"), (dict(languages=[]), "no training language"), (dict(train=["sample", "nonsense"]), "unknown training set 'nonsense'"), (dict(batch_size=500), "a batch_size up to"), (dict(sampler="cross", languages="de"), "two training languages"),
     ]:  # fmt: skip
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             run(RunConfig(**{"batch_size": 8, **wrong}), tmp_path, progress=False)
@@ -276,6 +436,10 @@ def test_reports_are_those_of_the_checkout(tmp_path, monkeypatch):
 def test_the_run_notebook_names_a_wrong_parameter(tmp_path):
     done = papermill(tmp_path / "out.ipynb", ("sampler", "hybird"), ("reports", tmp_path / "reports"))
     assert done.returncode != 0 and "unknown sampler 'hybird'; valid: english, mixed, mono, cross, hybrid" in done.stderr
+    done = papermill(tmp_path / "out.ipynb", ("smapler", "mono"), ("reports", tmp_path / "reports"))
+    assert done.returncode != 0 and "unknown parameter 'smapler'; valid: benchmark, reports, alpha," in done.stderr
+    done = papermill(tmp_path / "out.ipynb", ("patience", -3), ("reports", tmp_path / "reports"))  # a setting that the first cell does not name
+    assert done.returncode != 0 and "patience" in done.stderr and "-3" in done.stderr
 
 
 def test_a_run_that_fails_leaves_its_error_in_the_notebook_not_its_progress_bars(encoder, tmp_path):

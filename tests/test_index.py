@@ -1,5 +1,6 @@
 "Corpora on disk: what a stop, damage, another encoder and several processes do to the shards; FAISS indexes against exact search; questions in, texts out."
 
+import errno
 import json
 import multiprocessing
 import os
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
@@ -20,6 +22,7 @@ from hybrid_ir.benchmarks import load_benchmark
 from hybrid_ir.encoders import load_encoder
 from hybrid_ir.index import DamagedShard, FaissIndex, Searcher, Vectors, build_index, encode_corpus, index_folder, recall_at
 from hybrid_ir.retrieval import top_passages
+from hybrid_ir.sources import FolderInUse
 
 SIZE = 40  # rows per shard
 
@@ -104,7 +107,7 @@ def test_killed_while_writing_and_continued(encoded, encoder, tiny, passages, tm
     process = multiprocessing.get_context("spawn").Process(target=encode_and_die, args=(str(tiny), passages, folder, 2))
     process.start()
     process.join()
-    assert process.exitcode == -signal.SIGKILL and (folder / "00002.npy.partial").exists() and not (folder / "00002.npy").exists()
+    assert process.exitcode == -signal.SIGKILL and list(folder.glob("00002.npy*.partial")) and not (folder / "00002.npy").exists()
     with pytest.raises(FileNotFoundError, match="not complete .2 shards so far.*goes on"):
         Vectors(folder)
     first = (folder / "00001.npy").stat().st_mtime_ns
@@ -179,7 +182,7 @@ def test_wrong_arguments_and_rows_are_named(encoder, tmp_path):
     for arguments, message in (({"dtype": "int8"}, "float16, float32"), ({"kind": "title"}, "query, passage"), ({"shard_size": 0}, "at least 1")):
         with pytest.raises(ValueError, match=message):
             encode_corpus(encoder, ["a text"], tmp_path / "none", **arguments)
-    assert not (tmp_path / "none").exists()
+    assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="shard 1.*passage 0 is empty"):
         encode_corpus(encoder, ["one", "two", " "], tmp_path / "empty", 2, progress=False)
     with pytest.raises(ValueError, match="no column 'text'"):
@@ -191,6 +194,66 @@ def test_wrong_arguments_and_rows_are_named(encoder, tmp_path):
     (tmp_path / "full" / "thesis.tex").write_text("do not touch")
     with pytest.raises(ValueError, match="not empty"):
         encode_corpus(encoder, ["one"], tmp_path / "full", progress=False)
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.tex"]
+
+
+def test_a_shorter_generator_is_another_corpus(encoder, passages, tmp_path):
+    texts = passages["text"].tolist()[:12]
+
+    def interrupted():
+        yield from texts[:9]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        encode_corpus(encoder, interrupted(), tmp_path / "begun", 3, progress=False)
+    with pytest.raises(ValueError, match="has 9 rows, and this corpus 6: another corpus was begun"):
+        encode_corpus(encoder, iter(texts[:6]), tmp_path / "begun", 3, progress=False)
+    assert len(encode_corpus(encoder, iter(texts), tmp_path / "begun", 3, progress=False)) == 12
+    with pytest.raises(ValueError, match="has 12 rows, and this corpus 3"):
+        encode_corpus(encoder, iter(texts[:3]), tmp_path / "begun", 3, progress=False)
+
+
+@pytest.mark.parametrize("corpus, message", [
+    ([{"id": "a", "text": "x"}, {"id": None, "text": "y"}], "row 1 has no id: it is None"), ([{"id": 1, "lang": float("nan"), "text": "x"}], "row 0 has no lang: it is nan"),
+    (pd.DataFrame({"id": [1, None, 3], "text": ["x", "y", "z"]}), "row 1 has no id"), ([{"text": "x"}, {"id": "b", "text": "y"}], "row 1 has id, text, and the first row text"),
+    ([{"id": "a", "text": "x"}, "y"], "row 1 has text, and the first row id, text"), ([{"id": "a"}], "row 0 has no 'text'; it has id"),
+])  # fmt: skip
+def test_rows_that_would_lose_their_names_are_refused(encoder, tmp_path, corpus, message):
+    for size in (1, 3):
+        with pytest.raises(ValueError, match=message):
+            encode_corpus(encoder, corpus, tmp_path / str(size), size, progress=False)
+
+
+def test_a_corpus_without_texts_leaves_nothing_behind(encoder, tmp_path):
+    for corpus, error in (([], ValueError), (iter(()), ValueError), (pd.DataFrame({"text": []}), ValueError), (pd.DataFrame({"body": ["x"]}), ValueError), ([5], TypeError)):
+        with pytest.raises(error, match="empty|no column 'text'; it has body|row 0 must be a string"):
+            encode_corpus(encoder, corpus, tmp_path / "none", progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_call_at_a_time_writes_into_a_folder(encoder, tmp_path):
+    def texts():
+        yield "one"
+        with pytest.raises(FolderInUse, match=f"vectors is in use by process {os.getpid()}"):
+            encode_corpus(encoder, ["one", "two"], tmp_path / "vectors", 1, progress=False)
+        yield "two"
+
+    assert len(encode_corpus(encoder, texts(), tmp_path / "vectors", 1, progress=False)) == 2
+    assert len(encode_corpus(encoder, ["one", "two"], tmp_path / "vectors", 1, progress=False)) == 2
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit of file sizes")
+def test_a_full_disk_is_named(encoder, tmp_path):
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="vectors cannot be written .*; make room") as raised:
+            encode_corpus(encoder, [f"text {number}" for number in range(200)], tmp_path / "vectors", progress=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert raised.value.errno == errno.EFBIG
 
 
 def test_exact_search_is_the_search_in_memory(random_vectors):
@@ -202,8 +265,13 @@ def test_exact_search_is_the_search_in_memory(random_vectors):
     assert random_vectors.search(queries, k=10_000)[0].shape == (len(queries), 3000)
     with pytest.raises(ValueError, match="31 dimensions, the vectors 32"):
         random_vectors.search(queries[:, :31])
-    with pytest.raises(ValueError, match="at least 1, got 0"):
+    with pytest.raises(ValueError, match="k must be a whole number of at least 1, not 0"):
         random_vectors.search(queries, k=0)
+    with pytest.raises(ValueError, match="not True"):
+        random_vectors.search(queries, k=True)
+    for row in (-1, 3000):
+        with pytest.raises(IndexError, match=f"row {row} is not there: the rows are 0 to 2,999"):
+            random_vectors.take([5, row])
 
 
 def test_equal_scores_keep_the_order_of_rows(tmp_path):
@@ -223,7 +291,7 @@ def test_equal_scores_keep_the_order_of_rows(tmp_path):
 
 def test_wrong_factories_are_refused_at_once(random_vectors):
     started = sorted(random_vectors.folder.rglob("*"))
-    for factory in ("IVF", "nonsense", "PQ7", "IVF64,PQ8x4fs", "Flat,IDMap", "IVF64,PQ8,RFlat", 5):
+    for factory in ("IVF", "nonsense", "PQ7", "IVF64,PQ8x4fs", "Flat,IDMap", "IVF64,PQ8,RFlat", "NSG8", 5):
         with pytest.raises(ValueError, match="valid ones are, for example: Flat"):
             build_index(random_vectors, factory)
     with pytest.raises(ValueError, match="at least 4,096 vectors, not 3,000"):
@@ -266,6 +334,16 @@ def test_parameters_of_another_kind_of_index_are_refused(random_vectors, questio
         flat.search(questions[0], probes=4)
 
 
+@pytest.mark.parametrize("factory, name, values", [("IVF16,Flat", "nprobe", (0, 2.7, True)), ("HNSW32", "efSearch", (0, -5, "x")), ("HNSW32", "rescore", (-1, 2.5))])
+def test_wrong_numbers_are_refused_and_change_nothing(random_vectors, questions, factory, name, values):
+    found = build_index(random_vectors, factory, progress=False)
+    expected = found.search(questions[0], 10)[0]
+    for value in values:
+        with pytest.raises(ValueError, match=f"{name} must be a whole number of at least {int(name != 'rescore')}, not {value!r}"):
+            found.search(questions[0], 10, **{name: value})
+    assert np.array_equal(found.search(questions[0], 10)[0], expected)
+
+
 def test_killed_build_goes_on_and_finds_the_same(tmp_path, questions):
     vectors = generated(tmp_path / "vectors")
     expected = build_index(vectors, "IVF16,PQ8", memory=1, progress=False).search(questions[0], 10, nprobe=4)
@@ -305,6 +383,30 @@ def test_index_is_mapped_and_may_move(tmp_path, questions):
         assert np.array_equal(moved.search(questions[0], 5)[0], expected)
         if sys.platform == "linux":
             assert str(moved.folder / files[factory]) in Path("/proc/self/maps").read_text()
+
+
+@pytest.mark.parametrize("factory, name", [("IVF16,Flat", "lists.ivfdata"), ("HNSW8", "index.faiss")])
+def test_a_shortened_index_is_named(tmp_path, factory, name):
+    vectors = generated(tmp_path)
+    folder = build_index(vectors, factory, progress=False).folder
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({key: value for key, value in manifest.items() if key != "files"}))
+    assert len(FaissIndex(folder)) == len(vectors), "an index of an older version"
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    os.truncate(folder / name, 999)
+    for use in (lambda: FaissIndex(folder), lambda: build_index(vectors, factory, progress=False)):
+        with pytest.raises(DamagedShard, match=f"{name} is 999 bytes, {manifest['files'][name]:,} bytes were written; remove .* and call build_index"):
+            use()
+
+
+def test_no_merge_without_room(tmp_path, monkeypatch):
+    vectors, used = generated(tmp_path), shutil.disk_usage(tmp_path)
+    needed = len(vectors) * (4 * vectors.dim + 8)
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "disk_usage", lambda folder: used._replace(free=needed - 1))
+        with pytest.raises(OSError, match=f"lists.ivfdata needs {needed:,} bytes and {needed - 1:,} are free in .*IVF16-Flat"):
+            build_index(vectors, "IVF16,Flat", progress=False)
+    assert build_index(vectors, "IVF16,Flat", progress=False).manifest["files"]["lists.ivfdata"] == needed
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -362,6 +464,8 @@ def test_searcher_answers_in_two_languages(tmp_path):
     assert table["question"].tolist() == np.repeat(benchmark.queries["text"].tolist()[:3], 2).tolist()
     with pytest.raises(ValueError, match="question 0 is empty"):
         searcher.search(" ")
+    with pytest.raises(ValueError, match="no question: give one"):
+        searcher.search([])
     with pytest.raises(ValueError, match="exact search has no parameters"):
         Searcher(tmp_path / "sample", encoder).search("Was?", nprobe=3)
 

@@ -215,6 +215,24 @@ def test_the_example_of_the_card_gives_the_same_vectors(name, tmp_path, dataset)
     assert np.abs(found["scores"] - queries @ passages.T).max() < 1e-5
 
 
+@pytest.mark.parametrize("kinds, options, found", [
+    ("pool", {"similarity_fn_name": "dot"}, "Transformer, Pooling, pooled by mean, similarity dot"), ("norm pool", {}, "Transformer, Normalize, Pooling, pooled by mean"),
+    ("pool norm", {"truncate_dim": 16}, "truncate_dim 16"), ("pool norm norm", {}, "Normalize, Normalize"), ("norm", {}, "pooled by nothing known"),
+])  # fmt: skip
+def test_models_that_an_encoder_does_not_equal_are_refused(tiny_folder, kinds, options, found):
+    modules = [Pooling(32, "mean") if kind == "pool" else Normalize() for kind in kinds.split()]
+    model = SentenceTransformer(modules=[Transformer(str(tiny_folder)), *modules], device="cpu", **options)
+    with pytest.raises(ValueError, match=f"Normalize, in this order, with truncate_dim None; .*this model is .*{found}"):
+        from_sentence_transformer(model)
+
+
+def test_cosine_needs_no_normalize(tiny_folder):
+    model = SentenceTransformer(modules=[Transformer(str(tiny_folder)), Pooling(32, "mean")], device="cpu")
+    texts = ["Where is the river?", "A bridge."]
+    vectors = from_sentence_transformer(model, device="cpu", precision="fp32").encode(texts)
+    assert np.abs(vectors @ vectors.T - model.similarity(model.encode(texts), model.encode(texts)).numpy()).max() < 1e-5
+
+
 def test_evaluate_gives_both_forms_the_same_scores(tiny_folder):
     encoder = load_encoder(str(tiny_folder), device="cpu", precision="fp32", query_length=20, passage_length=64)
     benchmark = load_benchmark("sample", languages=["de", "en"])

@@ -59,10 +59,34 @@ def test_masked_candidates_get_no_gradient():
     assert not torch.allclose(with_mask, passages.grad)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_rounds_no_score(dtype):
+    "Cosines in 8 or 11 bits would move the scores by 0.1 at a temperature of 0.02; float64 stays what it is."
+    torch.manual_seed(0)
+    queries, passages, negatives = F.normalize(torch.randn(3, 16, 64), dim=-1)
+    losses = [info_nce(queries, passages, 0.02, negatives)]
+    with torch.autocast("cpu", dtype=dtype):
+        losses.append(info_nce(queries, passages, 0.02, negatives))
+        assert info_nce(queries.double(), passages.double(), 0.02).dtype == torch.float64
+    assert losses[0] == losses[1] and losses[1].dtype == torch.float32
+
+
 def test_errors():
-    vectors = torch.eye(3)
+    vectors, groups, three = torch.eye(3), torch.arange(3), r"\[3\]"
     with pytest.raises(ValueError, match="same shape"):
         info_nce(vectors, vectors[:2], 0.1)
-    for temperature in (0, -1, float("nan")):
-        with pytest.raises(ValueError, match="temperature must be positive"):
+    for temperature in (0, -1, float("nan"), "a", None):
+        with pytest.raises(ValueError, match="temperature must be a positive number, not"):
             info_nce(vectors, vectors, temperature)
+    for wrong, message in [
+        (dict(groups=torch.tensor([0])), rf"groups must have the shape {three}, a number for each query, not \(1,\)"),
+        (dict(groups=groups[:, None]), rf"groups must have the shape {three}.*not \(3, 1\)"),
+        (dict(negatives=torch.eye(4)), r"negatives must have the shape \[m, 3\].*not \(4, 4\)"),
+        (dict(negatives=vectors[0]), r"negatives must have the shape \[m, 3\].*not \(3,\)"),
+        (dict(negatives=vectors, groups=groups, negative_groups=groups[:1]), rf"negative_groups must have the shape {three}.*not \(1,\)"),
+        (dict(negatives=vectors, negative_groups=groups), "negative_groups need groups"),
+        (dict(groups=groups, negative_groups=groups), "negative_groups need negatives"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            info_nce(vectors, vectors, 0.1, **wrong)
+    assert info_nce(vectors, vectors, torch.tensor(0.1)) == info_nce(vectors, vectors, 0.1)  # a temperature that is learned

@@ -148,8 +148,14 @@ def test_groups_connect_through_any_language():
     records[3]["passage"]["de"] = records[1]["passage"]["en"]  # the same text under another language
     groups = ParallelPairs.from_records(records).groups
     assert groups[0] == groups[1] == groups[3] and len({groups[0], groups[2], groups[4]}) == 3
-    one_language = ParallelPairs.from_records(records).select("de").groups
-    assert one_language[0] == one_language[1] and one_language[3] != one_language[0]  # the link went with the English
+    whole = ParallelPairs.from_records(records)
+    german = whole.select("de")
+    assert german.groups[0] == german.groups[1] == german.groups[3] != german.groups[2]  # the English that linked them is gone, the link is not
+    fewer = german.select(ids=["a", "c", "d"]).groups
+    assert fewer[0] == fewer[2] != fewer[1]
+    joined = ParallelPairs.concat([german.select(ids=["c", "d"]), german]).groups  # c, d, a, b, c, d, e
+    assert joined[0] == joined[4] and len(set(joined[[1, 2, 3, 5]])) == 1 and len(set(joined)) == 3
+
 
 
 names = st.text("abcdxyz|", min_size=1, max_size=4)
@@ -250,7 +256,7 @@ def test_an_index_on_disk_is_the_index_in_memory(monkeypatch):
                 assert (first is None and second is None) or (first.dtype == second.dtype and np.array_equal(first, second)), name
             assert mine.fingerprint == others.fingerprint and list(mine.ids) == list(others.ids) and mine.table.to_dict() == others.table.to_dict()
             assert not others.groups.flags.writeable  # a file, not memory
-    folders = [path for path in (cache_dir() / "pairs").glob("index-*") if path.name == f"index-{in_memory[0].fingerprint}"]
+    folders = [path for path in (cache_dir() / "pairs").glob("pair-index-*") if path.name == f"pair-index-{in_memory[0].fingerprint}"]
     assert len(folders) == 1
     os.truncate(folders[0] / "groups.npy", 100)
     with pytest.warns(UserWarning, match="groups.npy has 100 bytes"):
@@ -765,3 +771,19 @@ def test_mlqa_test(data_env):
     assert (pairs.passage_rows >= 0).any(axis=0).tolist() == [False, True, True, False, True, True]
     with pytest.raises(ValueError, match="nothing is left"):
         pairs.select(["ar", "hi"])  # questions only
+
+
+def test_what_cannot_be_chosen(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text("\n".join(json.dumps(record(name) | {"source": "s", "page": "p"}, ensure_ascii=False) for name in "ab"))
+    with pytest.raises(ValueError, match="split of .*mine.jsonl 'heldout'.*train"):
+        load_pairs(str(path), split="heldout")
+    datasets.Dataset.from_list(HUB_RECORDS).save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(ValueError, match="split of .*saved 'test'.*train"):
+        load_pairs(str(tmp_path / "saved"), split="test")
+    with pytest.raises(ValueError, match="no such positions among its 2 pair ids"):
+        load_pairs(str(path)).select(ids=[0, 5])
+    with pytest.raises(ValueError, match="negatives in tr, but no query and no passage there"):
+        ParallelPairs.from_records([record("a") | {"negatives": {"tr": ["x"]}}])
+    with pytest.raises(TypeError, match="not DataFrame; of records in memory, ParallelPairs.from_records"):
+        load_pairs(load_pairs(str(path)).table.to_pandas())

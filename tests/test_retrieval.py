@@ -172,3 +172,15 @@ def test_trec_files(tmp_path):
     assert qrels.values.tolist() == [["de:Q1", "c", 2], ["de:Q2", "b", 1]]
     with pytest.raises(ValueError, match="white space"):
         retrieval.trec_names(["de"], ["Q 1"])
+
+
+@pytest.mark.parametrize("dim", [7, 384])
+def test_equal_passages_tie_however_few_the_queries(dim):
+    "The relevant passage is the last of equal ones, and ranks behind all of them."
+    rng = np.random.default_rng(0)
+    for n_queries in [*range(1, 13), 17, 33]:
+        for n_passages in (1, 2, 3, 17, 129, 130):
+            queries, passage = rng.standard_normal((n_queries, dim), dtype=np.float32), rng.standard_normal((1, dim), dtype=np.float32)
+            slices, rows = {"de": slice(0, n_passages)}, np.arange(n_queries)
+            ranks = retrieval.rank_judgements(queries, np.repeat(passage, n_passages, axis=0), slices, rows, np.full(n_queries, n_passages - 1), memory=16 * 4 * n_passages)
+            assert (ranks.corpus_ranks == n_passages).all() and (ranks.pool_ranks == n_passages).all()

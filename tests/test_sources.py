@@ -3,13 +3,19 @@
 import hashlib
 import http.server
 import os
+import shutil
 import socket
+import subprocess
+import sys
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from hybrid_ir.sources import DownloadError, cache_dir, choose, choose_all, download, explicit_file, file_sha256, find_file
+import hybrid_ir
+
+from hybrid_ir.sources import DownloadError, cache_dir, choose, choose_all, download, explicit_file, file_sha256, find_file, whole_file
 
 BODY = bytes(range(256)) * 4096  # 1 MiB
 BODY_SHA256 = hashlib.sha256(BODY).hexdigest()
@@ -212,3 +218,26 @@ def test_environment_is_read_at_each_call(tmp_path, monkeypatch):
     monkeypatch.setenv("HYBRID_IR_CACHE", str(tmp_path / "other"))
     assert cache_dir() == tmp_path / "other"
     assert os.environ["HYBRID_IR_CACHE"]
+
+
+def test_processes_write_one_file_at_once(tmp_path, monkeypatch):
+    target, contents = tmp_path / "shared.json", {}
+    (tmp_path / "shared.json.partial").write_text("left behind by a killed process")
+    with ExitStack() as both:
+        for rank in ("0", "1"):
+            monkeypatch.setenv("RANK", rank)
+            contents[rank] = both.enter_context(whole_file(target))
+            contents[rank].write_text(f"whole {rank}")
+    assert contents["0"] != contents["1"] and target.read_text().startswith("whole") and list(tmp_path.iterdir()) == [target]
+
+
+def test_the_package_without_a_place_for_compiled_loops(tmp_path):
+    "As in a container: the package and the home of the user are closed to writing."
+    package = tmp_path / "closed" / "hybrid_ir"
+    shutil.copytree(Path(hybrid_ir.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    (package / "__pycache__").touch()  # a file where Numba and Python would make a folder: root may write anywhere
+    code = "import numpy as np; from hybrid_ir import processor, retrieval; print(processor.__file__); print(retrieval.top_passages(np.eye(3), np.eye(3), 1)[0].ravel())"
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("NUMBA", "XDG"))} | {"HOME": "/dev/null", "PYTHONPATH": str(package.parent)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert str(package) in done.stdout and "[0 1 2]" in done.stdout

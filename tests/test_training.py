@@ -6,11 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState, PartialState
 from tiny import save_tiny
 
 from hybrid_ir import training
@@ -100,6 +102,48 @@ def test_dropout_changes_training_and_can_be_set(folder, pairs):
     assert hashes[0] != hashes[1]
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_training_sets_is_taken_back(folder, pairs, monkeypatch, fails):
+    "Dropout and frozen word embeddings are those of one training, also of one that fails."
+    encoder = tiny(folder)
+
+    def state():
+        return [module.p for module in encoder.modules() if isinstance(module, torch.nn.Dropout)], [parameter.requires_grad for parameter in encoder.parameters()]
+
+    before = state()
+    assert all(before[0]) and all(before[1])
+    if fails:
+        monkeypatch.setattr(Trainer, "step", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError) if fails else nullcontext():
+        train(encoder, pairs, progress=False, **OPTIONS | dict(steps=2, heldout=0, dropout=0.0, train_embeddings=False))
+    assert state() == before
+
+
+def test_the_environment_of_accelerate_decides_nothing(folder, pairs, monkeypatch):
+    records = []
+    for variables in ({}, {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        records.append(train(tiny(folder), pairs, progress=False, **OPTIONS | dict(steps=2, heldout=0)).log.drop(columns="pairs_per_second"))
+    assert records[0].equals(records[1])
+
+
+def test_training_stays_on_the_device_of_the_encoder(folder, pairs, monkeypatch):
+    "An earlier training elsewhere (here on a device without memory) is forgotten; processes started for another device are refused."
+    trainer = lambda: Trainer(tiny(folder), pairs, training_options(**OPTIONS), None, progress=False)  # noqa: E731
+    trainer()
+    for state in (PartialState._shared_state, AcceleratorState._shared_state):
+        monkeypatch.setitem(state, "device", torch.device("meta"))
+    assert trainer().accelerator.device.type == "cpu"
+    monkeypatch.undo()
+    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "meta")
+    with pytest.raises(ValueError, match="the encoder is on cpu, but accelerate computes on meta"):
+        trainer()
+    monkeypatch.undo()
+    assert trainer().accelerator.device.type == "cpu"
+
+
 def test_early_stopping_restores_the_best(folder, pairs):
     encoder = tiny(folder)
     untouched = weights_hash(encoder)
@@ -111,7 +155,7 @@ def test_early_stopping_restores_the_best(folder, pairs):
 def test_hard_negatives_enter_the_loss(folder):
     plain = [{"id": f"{n}", "query": {"de": f"Frage {n}", "en": f"question {n}"}, "passage": {"de": f"Antwort {n}", "en": f"answer {n}"}} for n in range(30)]
     hard = [record | {"negatives": {"de": [f"falsch {n}"], "en": [f"wrong {n}"]}} for n, record in enumerate(plain)]
-    losses = [train(tiny(folder), ParallelPairs.from_records(records), progress=False, hard_negatives=1, **OPTIONS | dict(steps=1, heldout=0, dropout=0.0)).log["loss"][0] for records in (plain, hard)]
+    losses = [train(tiny(folder), ParallelPairs.from_records(records), progress=False, hard_negatives=count, **OPTIONS | dict(steps=1, heldout=0, dropout=0.0)).log["loss"][0] for count, records in enumerate((plain, hard))]
     assert losses[1] > losses[0]
 
 
@@ -160,6 +204,44 @@ def test_a_finished_run_is_not_trained_again(folder, pairs, tmp_path):
     again = tiny(folder)
     second = train(again, pairs, folder=tmp_path, progress=False, **OPTIONS)
     assert weights_hash(again) == weights_hash(encoder) and second.to_dict() == first.to_dict()
+
+
+def test_a_run_that_stopped_early_is_not_trained_on(folder, pairs, tmp_path):
+    "Neither in its result nor in its files does a second call change anything; and the checkpoint of the early stop has the sampler after the last batch that was used."
+    options = OPTIONS | dict(learning_rate=3.0, clip=1e6, warmup=0.0, steps=40, patience=2, validate_every=3)
+    encoder, again = tiny(folder), tiny(folder)
+    first = train(encoder, pairs, folder=tmp_path, progress=False, **options)
+    assert first.stopped_early and first.steps == 6, "not a step at which a checkpoint is due anyway"
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    second = train(again, pairs, folder=tmp_path, progress=False, **options)
+    assert second.to_dict() == first.to_dict() and second.log.equals(first.log) and weights_hash(again) == weights_hash(encoder)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
+    twin = Trainer(tiny(folder), pairs, training_options(**options), None, progress=False).sampler
+    for _ in range(6):
+        twin.next_batch()
+    saved = training.load_numbers(checkpoints(tmp_path)[-1] / "custom_checkpoint_0.pkl")
+    assert saved["rng"] == twin.state_dict()["rng"] and all(map(torch.equal, saved["queues"], twin.state_dict()["queues"]))
+
+
+@pytest.mark.parametrize("schedule", training.SCHEDULES)
+def test_every_schedule_resumes(folder, pairs, tmp_path, schedule):
+    options, expected, resumed = OPTIONS | dict(schedule=schedule, steps=6, checkpoint_every=3, heldout=0), tiny(folder), tiny(folder)
+    train(expected, pairs, progress=False, **options)
+    stopped = Trainer(tiny(folder), pairs, training_options(**options), tmp_path, progress=False)
+    for _ in range(3):
+        stopped.step()
+    training.write_checkpoint(stopped.accelerator, stopped.folder, 3)
+    train(resumed, pairs, folder=tmp_path, progress=False, **options)
+    assert weights_hash(resumed) == weights_hash(expected)
+
+
+def test_numbers_of_numpy_are_options_like_others(folder, pairs, tmp_path):
+    given = dict(seed=np.int64(3), batch_size=np.int32(12), learning_rate=np.float64(2e-3), temperature=np.float32(0.5), alpha=np.float32(0.5), symmetric=np.bool_(True))
+    options = training_options(**given)
+    assert options == training_options(**{name: value.item() for name, value in given.items()})
+    assert all(type(getattr(options, name)) in (int, float, bool) for name in given)
+    results = [train(tiny(folder), pairs, folder=tmp_path, progress=False, **OPTIONS | given | dict(steps=2)) for _ in range(2)]
+    assert results[0].to_dict() == results[1].to_dict()
 
 
 def test_nan_stops_and_keeps_the_last_good_checkpoint(folder, pairs, tmp_path, monkeypatch):
@@ -227,6 +309,8 @@ def test_wrong_options_fail_before_anything_slow(folder, pairs, monkeypatch):
         (dict(sampler="x"), "english, mixed, mono, cross, hybrid"), (dict(alpha=2), "alpha"), (dict(temperature=-1), "temperature"), (dict(temperature=float("nan")), "temperature"),
         (dict(batch_size=5000), "works"), (dict(lr=1), "unknown training option 'lr'; valid: .*learning_rate"), (dict(steps=0), "steps"), (dict(languages=["xx"]), "unknown training language 'xx'"),
         (dict(heldout=0.001), "0.001 of 96 ids is less than"),
+        (dict(symmetric="false"), "symmetric must be True or False, not 'false'"), (dict(unique_ids="no"), "unique_ids must be"), (dict(train_embeddings=1), "train_embeddings must be"),
+        (dict(query_length=33), "query_length is 33, but the encoder reads 32 tokens"), (dict(passage_length=128), "passage_length is 128, but the encoder reads 64 tokens"),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=message):
             train(encoder, pairs, progress=False, **OPTIONS | wrong)
@@ -467,3 +551,13 @@ def test_training_lengths_must_hold_a_token(folder, pairs, name):
         with pytest.raises(ValueError, match=f"{name} must be a whole number of at least 3, not"):
             train(tiny(folder), pairs, progress=False, **OPTIONS | {name: wrong})
     assert getattr(training_options(**{name: 3}), name) == 3 and getattr(training_options(), name) is None
+
+
+def test_what_is_given_to_training(tmp_path):
+    encoder, pairs = load_encoder(str(save_tiny(tmp_path)), device="cpu"), load_pairs("sample", ["de", "en"])
+    with pytest.raises(TypeError, match="`load_encoder.name.` gives, not 'me5-small-q4'"):
+        train("me5-small-q4", pairs)
+    with pytest.raises(TypeError, match="`load_pairs.name.` gives, not 'sample'"):
+        train(encoder, "sample")
+    with pytest.raises(ValueError, match="hard_negatives is 2, and the pairs of 'sample' have no negatives"):
+        train(encoder, pairs, hard_negatives=2, batch_size=8, steps=1)

@@ -5,7 +5,7 @@
    reports/ follow, and a page with the exported source of each module.
 2. Render that folder with Quarto where it is installed, else with smalldocs, which reads the same _quarto.yml.
 3. Finish: formulas become MathML, which a browser draws without a script and without a network, and a page
-   that would load anything from another host is an error.
+   that would load anything from another host is an error. Images get a description.
 
 Nothing is executed here: the signatures are read from the exported modules, the results from the notebooks.
 """
@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -103,19 +104,35 @@ def fold(cell: dict, report: bool) -> None:
         cell["source"] = code
 
 
+@cache
+def definitions(module: Path) -> dict[str, ast.stmt]:
+    "The functions and classes of a module in their order, by name; a method that was added with @patch is `Class.method`."
+    found = {}
+    for node in ast.parse(module.read_text(encoding="utf-8")).body:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            patched = any(ast.unparse(decorator).startswith("patch") for decorator in node.decorator_list)
+            found[f"{ast.unparse(node.args.args[0].annotation)}.{node.name}" if patched else node.name] = node
+    return found
+
+
 SOURCE_LINK = re.compile(r"\]\(/blob/[^/]+/\w+/(\w+)\.py#L\w+\)")
 
 
 def finish_cell(cell: dict, source: Path) -> None:
     "Point the `source` link of each signature at the page of this site that shows the module."
+
+    def link(match: re.Match, name: str, up: str) -> str:
+        known = definitions(ROOT / "hybrid_ir" / f"{match.group(1)}.py")
+        anchor = name if name in known else name.partition(".")[0]
+        return f"]({up}source/{match.group(1)}.md" + (f"#{anchor})" if anchor in known else ")")
+
     for output in cell.get("outputs", []):
         data = output.get("data") or {}
         if "text/markdown" in data:
             text = "".join(data["text/markdown"])
             name = re.search(r"^#+ (\S+)$", text, re.M)
-            anchor = f"#{name.group(1).split('.')[-1].lower()}" if name else ""  # a method that was added with @patch has a heading of its own
             up = "../" * (len(site_path(source).parts) - 1)
-            data["text/markdown"] = SOURCE_LINK.sub(lambda m: f"]({up}source/{m.group(1)}.md{anchor})", text)
+            data["text/markdown"] = SOURCE_LINK.sub(lambda match: link(match, name.group(1) if name else "", up), text)
 
 
 HEAD = re.compile(r"\A\s*# \S[^\n]*\n(?:\s*\n)*(?:> [^\n]*\n?)?")
@@ -217,6 +234,8 @@ def stage_notebook(source: Path, stage: Path) -> None:
     for cell in nb.cells:
         if cell.cell_type == "raw":  # the staged name is the output name already
             cell.source = re.sub(r"^output-file:.*\n", "", cell.source, flags=re.M)
+            if "skip_exec: true" in cell.source and source.is_relative_to(NBS):  # its executed copies in reports/ have the same title
+                cell.source = re.sub(r"^title: ['\"]?(.*?)['\"]?$", lambda m: f"title: {json.dumps('Notebook: ' + m.group(1), ensure_ascii=False)}", cell.source, flags=re.M)
             if NUMBER.match(source.name):  # nbdev's titles are module names; a sidebar reads better in one style, but mMARCO is a name
                 cell.source = re.sub(r"^(title: ['\"]?)([a-z])(?=[^A-Z\n]*$)", lambda m: m.group(1) + m.group(2).upper(), cell.source, flags=re.M)
         fold(cell, report=source.is_relative_to(REPORTS))
@@ -229,17 +248,16 @@ def stage_source(module: Path, page: str, stage: Path) -> None:
     text = module.read_text(encoding="utf-8")
     lines = text.splitlines()
     parts, done = [], 0
-    for node in ast.parse(text).body:
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            first = min([node.lineno, *[d.lineno for d in node.decorator_list]]) - 1
-            parts += [("", lines[done:first]), (node.name, lines[first : node.end_lineno])]
-            done = node.end_lineno
+    for name, node in definitions(module).items():
+        first = min([node.lineno, *[d.lineno for d in node.decorator_list]]) - 1
+        parts += [("", lines[done:first]), (name, lines[first : node.end_lineno])]
+        done = node.end_lineno
     parts.append(("", lines[done:]))
-    body = [f'---\ntitle: "{module.parent.name}/{module.name}"\ntoc: true\n---\n', f"Exported from the notebook [{Path(page).stem}](../{page}).\n"]
+    body = [f'---\ntitle: "{module.parent.name}/{module.name}"\ndescription: "The exported source of one module"\ntoc: true\n---\n', f"Exported from the notebook [{Path(page).stem}](../{page}).\n"]
     for name, code in parts:
         code = "\n".join(line for line in code if not line.startswith("# %% ")).strip("\n")
         if code.strip():
-            body.append((f"## {name} {{#{name.lower()}}}\n\n" if name else "") + f"````python\n{code}\n````\n")
+            body.append((f"## {name} {{#{name}}}\n\n" if name else "") + f"````python\n{code}\n````\n")
     target = stage / "source" / f"{module.stem}.md"
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text("\n".join(body), encoding="utf-8")
@@ -389,6 +407,27 @@ def settle_anchors(output: Path) -> None:
             page.write_text(settled, encoding="utf-8")
 
 
+PLACES = re.compile(r"<(?:h[1-6]|p)\b[^>]*>(.*?)</(h[1-6]|p)>|<img\b(?![^>]*\balt=)", re.S)
+
+
+def describe_images(text: str) -> str:
+    "Give each image of a page that has no description the heading and the paragraph before it, for those who cannot see it."
+    latest = {"p": "", "h": ""}
+
+    def one(match: re.Match) -> str:
+        kind = (match.group(2) or "")[:1]
+        if not kind:
+            described = ". ".join(filter(None, (latest["h"], latest["p"])))
+            return f'{match.group(0)} alt="{html.escape(described[:300])}"'
+        words = " ".join(html.unescape(re.sub(r"<[^>]+>", " ", match.group(1))).split())
+        latest[kind] = words or latest[kind]
+        if kind == "h":
+            latest["p"] = ""
+        return match.group(0)
+
+    return PLACES.sub(one, text)
+
+
 FONT_IMPORT = re.compile(r"@import\s+url\([\"']?(?:https?:)?//[^)]*\)\s*;?")
 
 
@@ -410,7 +449,7 @@ def finish(output: Path) -> int:
         outside = [a or b for a, b in LOADED.findall(text)]
         if outside:
             sys.exit(f"{page}: the site must work without a network, and this page loads {outside}")
-        page.write_text(text, encoding="utf-8")
+        page.write_text(describe_images(text), encoding="utf-8")
     settle_anchors(output)
     write_font(characters, output / "math.woff")
     return count
