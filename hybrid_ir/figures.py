@@ -34,7 +34,9 @@ def language_map(axis, table: pd.DataFrame, title: str, form: str = ".2f", **opt
     "A heat map of a table by question language and passage language."
     options = {"cmap": "crest", "cbar_kws": {"shrink": 0.8}} | options
     sns.heatmap(table, ax=axis, annot=len(table) <= 12, fmt=form, annot_kws={"fontsize": 7}, square=False, linewidths=0.5, **options)
-    colours = axis.collections[0].get_facecolors().reshape(*table.shape, 4)
+    mesh = axis.collections[0]
+    mesh.update_scalarmappable()
+    colours = mesh.get_facecolors().reshape(*table.shape, 4)
     for text in axis.texts:
         column, row = map(int, text.get_position())
         text.set_color("0.1" if sns.utils.relative_luminance(colours[row, column]) > 0.18 else "white")  # the one with more contrast
