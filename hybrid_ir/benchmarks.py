@@ -14,8 +14,8 @@ __all__ = ['XQUAD_R_SHA256', 'MLQA_R_SHA256', 'MIRACL_FILES', 'XM3600_LANGUAGES'
            'load_captions', 'benchmark_from_pairs', 'check_options', 'load_benchmark']
 
 # %% ../nbs/02_benchmarks.ipynb #48e08273
-from .pairs import SAMPLE_LANGUAGES, ParallelPairs, check_unicode, read_json_lines, read_paragraphs, sample_file
-from .sources import cache_dir, choose, choose_all, file_sha256, find_file
+from .pairs import SAMPLE_LANGUAGES, ParallelPairs, read_json_lines, read_paragraphs, sample_file
+from .sources import cache_dir, check_unicode, choose, choose_all, file_sha256, find_file
 
 # %% ../nbs/02_benchmarks.ipynb #edcf45aa
 import hashlib
@@ -34,6 +34,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 
 # %% ../nbs/02_benchmarks.ipynb #3d17fd98
 def sort_by_language(
@@ -128,12 +129,16 @@ class Benchmark:
         "Keep some languages, for queries and passages alike; see `select_languages`."
         return select_languages(self, languages)
 
-    def __repr__(self) -> str:
-        return f"Benchmark({self.name}: {len(self.queries):,} queries, {len(self.passages):,} passages, {' '.join(self.tasks)})"
+# %% ../nbs/02_benchmarks.ipynb #c40e822a
+@patch
+def __repr__(self: Benchmark) -> str:
+    return f"Benchmark({self.name}: {len(self.queries):,} queries, {len(self.passages):,} passages, {' '.join(self.tasks)})"
 
-    def _repr_html_(self) -> str:
-        title = f"{len(self.queries):,} queries, {len(self.passages):,} passages, tasks {', '.join(self.tasks)}"
-        return f"<p><b>{html.escape(self.name)}</b>: {title}</p>" + count_languages(self).to_html()
+
+@patch
+def _repr_html_(self: Benchmark) -> str:
+    title = f"{len(self.queries):,} queries, {len(self.passages):,} passages, tasks {', '.join(self.tasks)}"
+    return f"<p><b>{html.escape(self.name)}</b>: {title}</p>" + count_languages(self).to_html()
 
 # %% ../nbs/02_benchmarks.ipynb #e04c5099
 def possible_tasks(

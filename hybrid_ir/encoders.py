@@ -37,7 +37,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging as transformers_logging
 
 from .processor import PackedBert, can_be_packed
-from .sources import choose
+from .sources import check_unicode, choose
 
 # %% ../nbs/03_encoders.ipynb #f828e4d2
 POOLINGS = ("mean", "cls", "pooler")
@@ -163,10 +163,7 @@ def check_texts(texts, what: str = "text") -> list[str]:
             raise TypeError(f"{what} {row} is not a string but {type(text).__name__}: {text!r:.60}")
         if not text.strip():
             raise ValueError(f"{what} {row} is empty")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"{what} {row} has half of a surrogate pair at {error.start}, which no tokenizer reads") from None
+        check_unicode(text, f"{what} {row}")
     return texts
 
 # %% ../nbs/03_encoders.ipynb #0ccc742c

@@ -620,7 +620,7 @@ def check_scoring(measures, k: int, share_at: int) -> list[str]:
             raise ValueError(f"{what} must be a whole number of at least {least}, not {number!r}")
     return names
 
-
+# %% ../nbs/09_evaluation.ipynb #f32424ec
 def score_embeddings(
     benchmark,  # a Benchmark
     query_embeddings,  # [n_queries, dim], rows as in benchmark.queries

@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['PAIR_SCHEMA', 'PAIR_COLUMNS', 'BLOCK_ROWS', 'ROW_ARRAYS', 'ID_ARRAYS', 'MAPPED_ROWS', 'SAMPLE_LANGUAGES',
-           'SAMPLE_SPLITS', 'PAIR_SETS', 'check_unicode', 'check_translations', 'check_negatives', 'check_record',
-           'read_json_lines', 'text_key', 'record_rows', 'write_pairs', 'check_unique', 'unfinished_prefix',
-           'is_running', 'remove_stale', 'remove_damaged', 'prepare_folder', 'prepare_rows', 'shared_edges',
-           'connected_ids', 'PairIndex', 'fill_rows', 'drop_unused_languages', 'fill_matrix', 'build_pair_index',
-           'table_blocks', 'index_table', 'new_file', 'prepare_index', 'ParallelPairs', 'open_pairs', 'count_texts',
-           'row_blocks', 'take_rows', 'select_pairs', 'split_pairs', 'joined_blocks', 'concat_pairs',
-           'answer_sentences', 'check_paragraph', 'read_paragraphs', 'sample_file', 'sample_records', 'PairSet',
-           'load_json_lines', 'check_json_folder', 'dataset_records', 'load_hub', 'load_several', 'load_pairs']
+           'SAMPLE_SPLITS', 'PAIR_SETS', 'check_translations', 'check_negatives', 'check_record', 'read_json_lines',
+           'text_key', 'record_rows', 'write_pairs', 'check_unique', 'unfinished_prefix', 'is_running', 'remove_stale',
+           'remove_damaged', 'prepare_folder', 'prepare_rows', 'shared_edges', 'connected_ids', 'PairIndex',
+           'fill_rows', 'drop_unused_languages', 'fill_matrix', 'build_pair_index', 'table_blocks', 'index_table',
+           'new_file', 'prepare_index', 'ParallelPairs', 'open_pairs', 'count_texts', 'row_blocks', 'take_rows',
+           'select_pairs', 'split_pairs', 'joined_blocks', 'concat_pairs', 'answer_sentences', 'check_paragraph',
+           'read_paragraphs', 'sample_file', 'sample_records', 'PairSet', 'load_json_lines', 'check_json_folder',
+           'dataset_records', 'load_hub', 'load_several', 'load_pairs']
 
 # %% ../nbs/01_pairs.ipynb #38e5ce4d
-from .sources import cache_dir, choose, choose_all, file_sha256, find_damage, find_file, write_checksums, writing_to
+from .sources import cache_dir, check_unicode, choose, choose_all, file_sha256, find_damage, find_file, write_checksums, writing_to
 
 # %% ../nbs/01_pairs.ipynb #86e9757a
 import array
@@ -45,18 +45,6 @@ import pyarrow.compute as pc
 from fastcore.basics import patch, patch_to
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
-
-# %% ../nbs/01_pairs.ipynb #8ba7909b
-def check_unicode(
-    text: str,
-    where: str,  # place and field, for the message
-) -> str:
-    "Return the text; raise a `ValueError` if it has half a surrogate pair."
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{where} has half of a surrogate pair (U+{ord(text[error.start]):04X}, character {error.start + 1}), which is not a text") from None
-    return text
 
 # %% ../nbs/01_pairs.ipynb #b2c96f21
 def check_translations(

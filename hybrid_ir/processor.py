@@ -8,7 +8,7 @@ __all__ = ['GOLDEN', 'BITS', 'loop', 'FUSED', 'SUM_ROWS', 'FAR', 'PACKED', 'APAR
            'narrow_as', 'exp2', 'workers', 'on_rows', 'rows_of', 'bits_of', 'rows_of_block', 'softmax_rows',
            'softmax_back', 'Attention', 'fuses_bf16', 'product', 'Linear', 'normal', 'gelu', 'gelu_back', 'FeedForward',
            'join_rows', 'join_back', 'Join', 'shared_sizes', 'round_rows', 'scale_sums', 'Int8Linear', 'round_gelu',
-           'Int8FeedForward', 'parts_read', 'can_be_packed', 'PackedBert']
+           'Int8FeedForward', 'layer_parts', 'can_be_packed', 'PackedBert']
 
 # %% ../nbs/02_processor.ipynb #6d798b4f
 import os
@@ -559,24 +559,21 @@ class Int8FeedForward:
 PACKED = (BertModel, XLMRobertaModel)
 
 
-def parts_read(backbone: nn.Module) -> list[nn.Module]:
-    "The parts of such a network whose weights `PackedBert` reads."
-    found = list(backbone.embeddings.children())
-    for layer in backbone.encoder.layer:
-        attention = layer.attention
-        found += [attention.self.query, attention.self.key, attention.self.value, attention.output.dense, attention.output.LayerNorm]
-        found += [layer.intermediate.dense, layer.output.dense, layer.output.LayerNorm]
-    return found
+def layer_parts(layer: nn.Module) -> tuple[nn.Module, ...]:
+    "Queries, keys, values, the output of attention, the layers up and down; then both norms."
+    attention, output = layer.attention.self, layer.attention.output
+    return attention.query, attention.key, attention.value, output.dense, layer.intermediate.dense, layer.output.dense, output.LayerNorm, layer.output.LayerNorm
 
 
 def can_be_packed(backbone: nn.Module) -> bool:
     "Whether `PackedBert` computes what this network does: not with adapters, hooks, or other parts than a BERT or XLM-R has by itself."
     if type(backbone) not in PACKED or backbone.config.hidden_act != "gelu" or backbone.config.is_decoder:
         return False
-    own = all(type(part) in (nn.Linear, nn.Embedding, nn.LayerNorm, nn.Dropout, Dropout) for part in parts_read(backbone))
+    read = [*backbone.embeddings.children(), *(part for layer in backbone.encoder.layer for part in layer_parts(layer))]
+    own = all(type(part) in (nn.Linear, nn.Embedding, nn.LayerNorm, nn.Dropout, Dropout) for part in read)
     return own and not any(part._forward_hooks or part._forward_pre_hooks for part in backbone.modules())
 
-
+# %% ../nbs/02_processor.ipynb #6da1bdce
 class PackedBert:
     "A BERT or XLM-R on a CPU with products of `dtype`, float32 or bfloat16; texts go in without padding. `int8`: without gradients, and products of weights are of int8."
 
@@ -593,10 +590,10 @@ class PackedBert:
 
     def copy_layer(self, layer: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor]]:
         "(weight, bias) of the joint projection, the output of attention, the layer up, the layer down; then those of both norms."
-        attention, output = layer.attention.self, layer.attention.output
-        joint = tuple(torch.cat([getattr(part, name) for part in (attention.query, attention.key, attention.value)]) for name in ("weight", "bias"))
-        products = [joint, *((part.weight, part.bias) for part in (output.dense, layer.intermediate.dense, layer.output.dense))]
-        return [(weight.to(self.dtype), bias.to(self.dtype)) for weight, bias in products] + [(norm.weight.float(), norm.bias.float()) for norm in (output.LayerNorm, layer.output.LayerNorm)]
+        *inputs, output, up, down, norm, last_norm = layer_parts(layer)
+        joint = tuple(torch.cat([getattr(part, name) for part in inputs]) for name in ("weight", "bias"))
+        products = [joint, *((part.weight, part.bias) for part in (output, up, down))]
+        return [(weight.to(self.dtype), bias.to(self.dtype)) for weight, bias in products] + [(part.weight.float(), part.bias.float()) for part in (norm, last_norm)]
 
     def plain_layer(self, projection: tuple, output: tuple, up: tuple, down: tuple, *norms: tuple) -> tuple:
         "Functions for the joint projection, the output of attention, and the layers up and down; and both norms."
@@ -622,7 +619,7 @@ def embed(self: PackedBert, token_lists: list[np.ndarray]) -> tuple[torch.Tensor
     hidden = drop(F.layer_norm(hidden, hidden.shape[-1:], *self.norm, self.eps), self.dropout).float()
     return hidden, hidden.to(self.dtype) if self.rounding else hidden
 
-
+# %% ../nbs/02_processor.ipynb #2d86db71
 @patch
 def join(self: PackedBert, made: torch.Tensor, around: torch.Tensor, norm: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     "The same for what comes next."

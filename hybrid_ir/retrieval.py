@@ -78,14 +78,14 @@ def score_blocks(
     "Yield (slice of queries, scores float32 array [queries in the slice, n_passages]). The next block overwrites the scores."
     n_blocks = -(-len(queries) // block)
     block = -(-len(queries) // n_blocks)  # blocks of even size
-    height = -(-block // multiple) * multiple
-    buffer, part = torch.empty(height, len(passages), device=passages.device), torch.zeros(height, queries.shape[1], device=passages.device)
+    highest = -(-block // multiple) * multiple
+    buffer, part = torch.empty(highest, len(passages), device=passages.device), torch.zeros(highest, queries.shape[1], device=passages.device)
     for start in tqdm(range(0, len(queries), block), desc="Ranking", unit="block", disable=not progress):
         rows = slice(start, min(start + block, len(queries)))
         n = rows.stop - rows.start
         part[:n] = queries[rows]
-        used = height if multiple > 1 else n
-        scores = torch.mm(part[:used], passages.T, out=buffer[:used])
+        height = -(-n // multiple) * multiple
+        scores = torch.mm(part[:height], passages.T, out=buffer[:height])
         yield rows, scores[:n].cpu().numpy()
 
 # %% ../nbs/07_retrieval.ipynb #4d533928

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WRITE_ERRORS', 'PAGE', 'CHECKSUMS', 'WHOLE_BYTES', 'choose', 'choose_all', 'writing_to', 'whole_file', 'write_json',
            'cache_dir', 'file_sha256', 'DownloadError', 'DataDownloader', 'download', 'explicit_file', 'find_file',
-           'describe_file', 'write_checksums', 'find_damage', 'FolderInUse', 'hold_folder', 'compiled']
+           'describe_file', 'write_checksums', 'find_damage', 'FolderInUse', 'hold_folder', 'check_unicode', 'compiled']
 
 # %% ../nbs/00_sources.ipynb #598725a1
 import errno
@@ -290,6 +290,18 @@ def hold_folder(
         with suppress(OSError):
             path.write_text("", encoding="utf-8")
         lock.release()
+
+# %% ../nbs/00_sources.ipynb #8ba7909b
+def check_unicode(
+    text: str,
+    where: str,  # place and field, for the message
+) -> str:
+    "Return the text; raise a `ValueError` if it has half a surrogate pair."
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where} has half of a surrogate pair (U+{ord(text[error.start]):04X}, character {error.start + 1}), which is not a text") from None
+    return text
 
 # %% ../nbs/00_sources.ipynb #51c7d842
 def compiled(**options):

@@ -31,6 +31,15 @@ def machine() -> dict:
     }  # fmt: skip
 
 
+def fast_precisions() -> list[str]:
+    "The precisions of encoding that this processor multiplies in hardware, the highest first."
+    import torch
+
+    from hybrid_ir.encoders import has_fast_bf16, has_fast_int8
+
+    return ["fp32", *(name for name, has in (("bf16", has_fast_bf16), ("int8", has_fast_int8)) if has(torch.device("cpu")))]
+
+
 def option_words(name: str, value) -> str:
     "An option as it is written in a command; nothing for one that is not set."
     if value in (False, "", None):

@@ -12,10 +12,10 @@ import time
 
 import numpy as np
 import torch
-from _entries import compared, entries, write_result
+from _entries import compared, entries, fast_precisions, write_result
 
 from hybrid_ir.benchmarks import load_benchmark
-from hybrid_ir.encoders import ENCODING_PRECISIONS, has_fast_bf16, has_fast_int8, load_encoder
+from hybrid_ir.encoders import ENCODING_PRECISIONS, load_encoder
 from hybrid_ir.evaluation import compare, score_embeddings
 
 
@@ -36,8 +36,7 @@ def main():
     torch.set_num_threads(1)
     benchmark = load_benchmark("xquad_r", options.languages)
     texts, truth, rows = len(benchmark.queries) + len(benchmark.passages), None, []
-    fast = [precision for precision, has in (("bf16", has_fast_bf16), ("int8", has_fast_int8)) if has(torch.device("cpu"))]
-    for precision in dict.fromkeys(["fp32", *(options.precisions or fast)]):
+    for precision in dict.fromkeys(["fp32", *(options.precisions or fast_precisions())]):
         seconds, queries, passages = encoded(precision, benchmark)
         scores, vectors = score_embeddings(benchmark, queries, passages, measures=["map"], k=0, progress=False), np.concatenate([queries, passages])
         truth = truth or (scores, vectors)

@@ -187,7 +187,7 @@ def test_modes_are_as_they_were(tiny_folder):
     assert np.array_equal(encoder.encode(texts()[:3]), expected)
     encoder.train()
     encoder.backbone.embeddings.eval()
-    with pytest.raises(ValueError, match="query 1 has half of a surrogate pair at 1"):
+    with pytest.raises(ValueError, match="query 1 has half of a surrogate pair .U.D800, character 2.*not a text"):
         encoder.encode(["a", "b\ud800"])
     encoder.encode(texts()[:3])
     assert encoder.training and encoder.backbone.encoder.training and not encoder.backbone.embeddings.training
