@@ -11,6 +11,7 @@ Needs the data folder (HYBRID_IR_DATA). Writes speed/results/where_time_goes.jso
 import argparse
 import os
 import time
+from itertools import groupby
 from types import SimpleNamespace
 from unittest import mock
 
@@ -168,20 +169,21 @@ def trainers(pairs) -> dict[str, training.Trainer]:
     return found
 
 
-def attention_of_pytorch(projected: torch.Tensor, runs: list[tuple[int, int]], heads: int, share: float) -> torch.Tensor:
-    "What `processor.Attention` does, by operations of PyTorch: products and softmax with gradients, else its fused attention."
-    parts = []
-    for (texts, length), run in zip(runs, projected.split([texts * length for texts, length in runs]), strict=True):
+def attention_of_pytorch(projected: torch.Tensor, shared: list[tuple], heads: int, share: float) -> torch.Tensor:
+    "What `processor.Attention` does, by operations of PyTorch, for the texts of one length at a time: products and softmax with gradients, else its fused attention."
+    runs, parts = [(len(list(texts)), int(length)) for length, texts in groupby(np.concatenate([lengths for _, lengths, _ in shared]))], []
+    sizes = [texts * length for texts, length in runs]
+    for (texts, length), run in zip(runs, projected[: sum(sizes)].split(sizes), strict=True):
         query, key, value = run.view(texts, length, 3, heads, -1).permute(2, 0, 3, 1, 4)
         if torch.is_grad_enabled():
             found, _ = processor.attention_by_products(SimpleNamespace(training=True), query, key, value, None, dropout=share)
         else:
             found = F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
         parts.append(found.reshape(texts * length, -1))
-    return torch.cat(parts)
+    return torch.cat([*parts, projected.new_zeros(len(projected) - sum(sizes), projected.shape[1] // 3)])
 
 
-def join_of_pytorch(made: torch.Tensor, around: torch.Tensor, gain: torch.Tensor, offset: torch.Tensor, eps: float, share: float, rounding: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def join_of_pytorch(made: torch.Tensor, around: torch.Tensor, gain: torch.Tensor, offset: torch.Tensor, eps: float, share: float, rounding: bool, over: bool) -> tuple[torch.Tensor, torch.Tensor]:
     "What `processor.Join` does, by operations of PyTorch."
     hidden = F.layer_norm(processor.drop(made, share) + around, gain.shape, gain, offset, eps)
     return hidden, hidden.bfloat16() if rounding else hidden[:0]
@@ -266,6 +268,22 @@ def int8_products(rounds: int, dtype: torch.dtype) -> float:
     return fastest(lambda: processor.product(*others, bias), rounds) / fastest(lambda: torch._int_mm(numbers, weights.T), rounds)
 
 
+def slower_attention(rounds: int, dtype: torch.dtype) -> float:
+    "How many times as long a product of attention takes for texts of 61 tokens as for the same number of 64."
+    seconds = []
+    for length in (61, 64):
+        query = torch.rand(288, length, 32).to(dtype)
+        seconds.append(fastest(lambda: torch.bmm(query, query.transpose(1, 2)), rounds))
+    return seconds[0] / seconds[1]
+
+
+def slower_gelu(rounds: int) -> float:
+    "How many times as long a layer up takes with GELU in a loop of its own, in bf16."
+    tokens, weight, bias = torch.rand(2048, 384).bfloat16(), torch.rand(1536, 384).bfloat16(), torch.rand(1536).bfloat16()
+    down, nothing = torch.zeros(1, 1536).bfloat16(), torch.zeros(1).bfloat16()
+    return fastest(lambda: processor.FeedForward.apply(tokens, weight, bias, down, nothing), rounds) / fastest(lambda: processor.product(tokens, weight, bias, "gelu"), rounds)
+
+
 def encoding_variants(texts: list[str], rounds: int, peaks: dict[str, float]) -> list[dict]:
     "What was tried for encoding."
     usual, fp32, quantised, compiled, whole = (load_encoder("me5-small-q4", device="cpu", precision=precision, passage_length=LENGTH) for precision in ("auto", "fp32", "fp32", "auto", "fp32"))
@@ -288,6 +306,15 @@ def encoding_variants(texts: list[str], rounds: int, peaks: dict[str, float]) ->
         encoder.token_budget, encoder.padding_budget = budget, budget // 4
         return lambda: encoder.encode(texts, "passage", progress=False)
 
+    def patched(name: str, value):
+        encoder = load_encoder("me5-small-q4", device="cpu", passage_length=LENGTH)  # it is packed anew
+
+        def run() -> np.ndarray:
+            with mock.patch.object(processor, name, value):
+                return encoder.encode(texts, "passage", progress=False)
+
+        return run
+
     found = shares(lambda: padded(usual))
     products, elsewhere = share_of(found, "addmm", "aten::mm", "bmm", "attention"), share_of(found, "copy_", "gelu", "aten::add")
     slow = share_of(shares(lambda: padded(fp32)), "addmm", "aten::mm")
@@ -306,7 +333,12 @@ def encoding_variants(texts: list[str], rounds: int, peaks: dict[str, float]) ->
         faster = int8_products(rounds, torch.bfloat16 if precision == "bf16" else torch.float32)
         int8 = load_encoder("me5-small-q4", device="cpu", precision="int8", passage_length=LENGTH)
         rows.append(variant("products of weights in int8", 1 / (1 - weights + weights / faster), f"one product {faster:.1f} times as fast, {weights:.0%} of the time", lambda: int8.encode(texts, "passage", progress=False), 'precision="int8"'))
+    packed = shares(rows[0]["run"])
+    attention, up = share_of(packed, "bmm"), share_of(packed, "linear") / 3
+    if processor.FUSED and precision == "bf16":
+        rows.append(variant("GELU in a loop of its own", 1 / (1 + up * (slower_gelu(rounds) - 1)), f"about {up:.0%} of the time is the layer up", patched("FUSED", False), "in training"))
     rows += [
+        variant("attention with lengths as they are", 1 / (1 + attention * (slower_attention(rounds, torch.bfloat16 if precision == "bf16" else torch.float32) - 1)), f"products of attention are {attention:.0%} of the time", patched("ROOM", 1), "no"),
         variant("PyTorch's fused attention", 1 - fused, f"at least: {fused:.0%} of the time with padding", by_pytorch(rows[0]["run"], "Attention"), "no"),
         variant("16,384 tokens at a time", 1.0, "", with_budget(16_384), "no"),
         variant("512 tokens at a time", 1.0, "", with_budget(512), "no"),

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from hybrid_ir import processor
 from hybrid_ir.encoders import autocast, choose_precision, load_encoder
 from hybrid_ir.pairs import load_pairs
-from hybrid_ir.processor import Attention, Dropout, FeedForward, Int8FeedForward, Int8Linear, Join, Linear, PackedBert, attention_by_products, can_be_packed, drop, quicken_training, shared_sizes
+from hybrid_ir.processor import Attention, Dropout, FeedForward, Int8FeedForward, Int8Linear, Join, Linear, PackedBert, attention_by_products, can_be_packed, drop, quicken_training, rectangles, shared_sizes
 from hybrid_ir.training import Towers, set_dropout, train
 
 
@@ -260,19 +260,19 @@ def test_gelu_is_that_of_pytorch_for_every_bfloat16(dtype):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 3), st.integers(1, 70)), min_size=1, max_size=3), st.sampled_from([0.1, 1.0, 3.0]), st.sampled_from([torch.float32, torch.bfloat16]), st.integers(0, 2**31))
-def test_attention_of_runs_is_that_of_pytorch(runs, spread, dtype, seed):
+@given(st.lists(st.integers(1, 70), min_size=1, max_size=6), st.integers(0, 9), st.sampled_from([2, 16]), st.sampled_from([0.1, 1.0, 3.0]), st.sampled_from([torch.float32, torch.bfloat16]), st.integers(0, 2**31))
+def test_attention_of_rectangles_is_that_of_pytorch(lengths, others, head_width, spread, dtype, seed):
     torch.manual_seed(seed)
-    heads, width, sizes = 2, 16, [texts * length for texts, length in runs]
-    projected = (torch.randn(sum(sizes), 3 * width) * spread).to(dtype).requires_grad_()
-    exact = projected.detach().float().requires_grad_()
-    parts = [part.view(texts, length, 3, heads, -1).permute(2, 0, 3, 1, 4) for (texts, length), part in zip(runs, exact.split(sizes), strict=True)]
-    usual = torch.cat([F.scaled_dot_product_attention(*part).transpose(1, 2).reshape(-1, width) for part in parts])
-    found, wish = Attention.apply(projected, runs, heads, 0.0), torch.randn(sum(sizes), width)
-    (gradient,), (usual_gradient,) = (torch.autograd.grad((values * wish).sum(), source) for values, source in ((found, projected), (usual, exact)))
+    heads, width, n = 2, 2 * head_width, sum(lengths)
+    projected = (torch.randn(n + others, 3 * width) * spread).to(dtype).requires_grad_()
+    exact = projected.detach()[:n].float().requires_grad_()
+    parts = [part.view(len(part), 3, heads, head_width).permute(1, 2, 0, 3) for part in exact.split(lengths)]
+    usual = torch.cat([F.scaled_dot_product_attention(*part).transpose(0, 1).reshape(-1, width) for part in parts])
+    found, wish = Attention.apply(projected, rectangles(np.array(lengths)), heads, 0.0), torch.randn(n + others, width)
+    (gradient,), (usual_gradient,) = (torch.autograd.grad((values * wish[: len(values)]).sum(), source) for values, source in ((found, projected), (usual, exact)))
     rounding = 0.02 + 0.01 * spread if dtype == torch.bfloat16 else 1e-5 * (1 + spread)  # scores are of that type
-    assert (found - usual).norm() < rounding * usual.norm()
-    assert (gradient - usual_gradient).norm() < 3 * rounding * usual_gradient.norm() + (1e-3 if dtype == torch.bfloat16 else 1e-6)
+    assert (found[:n] - usual).norm() < rounding * usual.norm() and not found[n:].any()
+    assert (gradient[:n] - usual_gradient).norm() < 3 * rounding * usual_gradient.norm() + (1e-3 if dtype == torch.bfloat16 else 1e-6) and not gradient[n:].any()
 
 
 def parts_of_a_layer(share: float, dtype: torch.dtype, seed: int) -> list[torch.Tensor]:
@@ -280,9 +280,9 @@ def parts_of_a_layer(share: float, dtype: torch.dtype, seed: int) -> list[torch.
     torch.manual_seed(seed)
     projected, tokens, weights = torch.randn(6000, 48), torch.randn(6000, 16), [torch.randn(shape) for shape in ((64, 16), (64,), (16, 64), (16,))]
     given = [part.to(dtype).requires_grad_() for part in (projected, tokens, *weights)] + [part.requires_grad_() for part in (torch.randn(6000, 16), torch.randn(16), torch.randn(16))]
-    attended = Attention.apply(given[0], [(100, 25), (100, 35)], 2, share)
+    attended = Attention.apply(given[0], rectangles(np.repeat([25, 35], 100)), 2, share)
     rounding = dtype != torch.float32
-    hidden, rounded = Join.apply(attended + FeedForward.apply(*given[1:6]), *given[6:], 1e-5, share, rounding)
+    hidden, rounded = Join.apply(attended + FeedForward.apply(*given[1:6]), *given[6:], 1e-5, share, rounding, True)
     wish = torch.randn(6000, 16)
     return [hidden, rounded, *torch.autograd.grad(((hidden + rounded if rounding else hidden) * wish).sum(), given)]
 
@@ -314,8 +314,8 @@ def test_dropped_attention_and_joins_have_the_gradient_of_the_masks_they_drew():
 
     def value(projected, around):
         torch.manual_seed(1)
-        made = Attention.apply(projected, [(2, 15)], 2, 0.3)
-        return (Join.apply(made, around, gain, offset, 1e-5, 0.3, False)[0] * wish).sum()
+        made = Attention.apply(projected, rectangles(np.array([17, 13])), 2, 0.3)
+        return (Join.apply(made, around, gain, offset, 1e-5, 0.3, False, False)[0] * wish).sum()
 
     given = projected.clone().requires_grad_(), around.clone().requires_grad_()
     gradients = torch.autograd.grad(value(*given), given)
@@ -325,6 +325,17 @@ def test_dropped_attention_and_joins_have_the_gradient_of_the_masks_they_drew():
     direction = torch.randn(30, 48)
     slope = (value((projected + 0.2 * direction).bfloat16(), around) - value((projected - 0.2 * direction).bfloat16(), around)) / 0.4
     assert abs(slope - (gradients[0] * direction).sum()) < 0.1 * gradients[0].float().norm() * direction.norm() / 10
+
+
+@pytest.mark.parametrize("over", [True, False])
+def test_a_join_takes_the_place_of_what_goes_around_where_it_may(over):
+    torch.manual_seed(0)
+    made, around, gain, offset = torch.randn(3, 8), torch.randn(3, 8), torch.ones(8), torch.zeros(8)
+    before, usual = around.clone(), F.layer_norm(made + around, (8,))
+    hidden, _ = Join.apply(made.requires_grad_(), around, gain, offset, 1e-5, 0.0, False, over)
+    assert torch.allclose(hidden, usual, atol=1e-5) and torch.equal(around, before)  # the way back may need it
+    hidden, _ = Join.apply(made.detach(), around, gain, offset, 1e-5, 0.0, False, over)
+    assert torch.allclose(hidden, usual, atol=1e-5) and torch.equal(around, hidden if over else before)
 
 
 @pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
