@@ -4,7 +4,7 @@ The same weights, texts, prefixes, batches, lengths and dropout, in one run, alt
 Before that, the gradients of both sides for one batch are compared: in fp32, and in bf16, where each side has its own rounding and the fp32 gradient is the truth.
 Needs the data folder (HYBRID_IR_DATA). Writes speed/results/training_and_encoding.json, or training_and_encoding_without_bf16.json, and prints it.
 
-    python speed/training_and_encoding.py [--steps 4] [--texts 40]
+    python speed/training_and_encoding.py [--steps 4] [--texts 40] [--rounds 3] [--encodings 3]
 """
 
 import argparse
@@ -159,6 +159,7 @@ def main():
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--texts", type=int, default=60, help="passages and queries per language")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--encodings", type=int, default=3, help="of all texts by each side in a round: the first ones prepare products and memory")
     arguments = parser.parse_args()
     pairs, texts = complete_pairs(), {title: sample_texts(arguments.texts, name) for title, name in (("XQuAD-R", "xquad_r"), ("XM3600", "xm3600"))}
     (bf16, int8), seconds, agreement = (has(torch.device("cpu")) for has in (has_fast_bf16, has_fast_int8)), {}, {}
@@ -175,7 +176,7 @@ def main():
         for _ in range(arguments.rounds):
             encoder, peer, half = our_encoder(folder), peer_model(folder), peer_model(folder, torch.bfloat16) if bf16 else None
             ours = {"": encoder} | ({INT8: our_encoder(folder, "int8")} if int8 else {})
-            for title, (passages, queries) in texts.items():
+            for title, (passages, queries) in [work for work in texts.items() for _ in range(arguments.encodings)]:
                 theirs = timed(f"encoding {title}", "sentence-transformers, as it comes (fp32)", lambda: peer_encoding(peer, passages, queries))
                 if bf16:
                     timed(f"encoding {title}", "sentence-transformers, bf16", lambda: peer_encoding(half, passages, queries))
