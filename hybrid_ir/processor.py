@@ -245,7 +245,7 @@ def rows_of_block(width):
     "Rows, a multiple of four, whose numbers stay in the nearest cache."
     return max(4, 4096 // width // 4 * 4)
 
-
+# %% ../nbs/02_processor.ipynb #818b12de
 @loop
 def softmax_rows(first, last, size, scores: np.ndarray, lengths: np.ndarray, heads, scale, dropped, kept, seed, whole: np.ndarray, weights: np.ndarray):
     "The softmax of scores [tables, room, room], a table of `size` numbers for each head of each text: `whole`, and what dropout leaves of it, `weights`; scale: what scores are multiplied by, over ln 2."
