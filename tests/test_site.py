@@ -310,6 +310,8 @@ def test_pictures_do_not_glare_in_the_dark(browser, address):
 
 
 def test_a_figure_opens_in_its_own_size(browser, address):
+    from selenium.webdriver.support.ui import WebDriverWait
+
     as_phone(browser)
     read(browser, address)
     picture = browser.find_element("css selector", "main img.shrunken")
@@ -318,7 +320,7 @@ def test_a_figure_opens_in_its_own_size(browser, address):
     opened = browser.find_element("css selector", "dialog[open] img")
     assert opened.size["width"] > picture.size["width"]
     opened.click()
-    assert not browser.find_elements("css selector", "dialog")
+    WebDriverWait(browser, 10).until(lambda b: not b.find_elements("css selector", "dialog"))  # "close" comes after the click has returned
 
 
 def test_home_page_says_all_on_one_screen(browser, address):
