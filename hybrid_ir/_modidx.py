@@ -702,6 +702,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'hybrid_ir.processor.higher': ('processor.html#higher', 'hybrid_ir/processor.py'),
                                      'hybrid_ir.processor.in_words': ('processor.html#in_words', 'hybrid_ir/processor.py'),
                                      'hybrid_ir.processor.join_back': ('processor.html#join_back', 'hybrid_ir/processor.py'),
+                                     'hybrid_ir.processor.join_over': ('processor.html#join_over', 'hybrid_ir/processor.py'),
                                      'hybrid_ir.processor.join_rows': ('processor.html#join_rows', 'hybrid_ir/processor.py'),
                                      'hybrid_ir.processor.layer_parts': ('processor.html#layer_parts', 'hybrid_ir/processor.py'),
                                      'hybrid_ir.processor.narrow': ('processor.html#narrow', 'hybrid_ir/processor.py'),

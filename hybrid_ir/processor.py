@@ -8,8 +8,8 @@ __all__ = ['GOLDEN', 'BITS', 'loop', 'ROOM', 'FUSED', 'SUM_ROWS', 'FAR', 'PACKED
            'narrow', 'narrow_as', 'exp2', 'workers', 'on_rows', 'rows_of', 'bits_of', 'rectangles', 'to_heads',
            'from_heads', 'in_words', 'rows_of_block', 'softmax_rows', 'softmax_back', 'Attention', 'fuses_bf16',
            'product', 'Linear', 'normal', 'gelu', 'gelu_back', 'FeedForward', 'join_rows', 'join_back', 'Join',
-           'shared_sizes', 'round_rows', 'scale_sums', 'Int8Linear', 'round_gelu', 'Int8FeedForward', 'layer_parts',
-           'can_be_packed', 'PackedBert']
+           'join_over', 'shared_sizes', 'round_rows', 'scale_sums', 'Int8Linear', 'round_gelu', 'Int8FeedForward',
+           'layer_parts', 'can_be_packed', 'PackedBert']
 
 # %% ../nbs/02_processor.ipynb #6d798b4f
 import os
@@ -316,7 +316,7 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, projected: torch.Tensor, shared: list[tuple[np.ndarray, np.ndarray, int]], heads: int, share: float) -> torch.Tensor:
         dim = projected.shape[1] // 3
-        width, found, kept = dim // heads, projected.new_zeros(len(projected), dim), []
+        width, found, kept = dim // heads, projected.new_empty(len(projected), dim), []
         ctx.shared, ctx.heads, ctx.scale, ctx.masks = shared, heads, width**-0.5, []
         for starts, lengths, room in shared:
             tables = len(starts) * heads
@@ -332,6 +332,7 @@ class Attention(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 kept += [parts, whole]
                 ctx.masks.append(masks)
+        found[starts[-1] + lengths[-1] :] = 0
         ctx.save_for_backward(*kept)
         return found
 
@@ -442,7 +443,7 @@ def join_rows(first, last, width, made: np.ndarray, around: np.ndarray, gain: np
             fill_mask(mask, seed + np.uint64(row * groups) * GOLDEN, dropped, kept)
         mean, spread = np.float32(0), np.float32(0)
         for place in range(width):
-            numbers[place] = widen(made[row, place]) * mask[place] + around[row, place]
+            numbers[place] = widen(made[row, place]) * mask[place] + widen(around[row, place])
             mean += numbers[place]
         mean /= np.float32(width)
         for place in range(width):
@@ -454,10 +455,11 @@ def join_rows(first, last, width, made: np.ndarray, around: np.ndarray, gain: np
             for place in range(width):
                 normed[row, place] = narrow(numbers[place] * scale, normed.dtype)
         for place in range(width):
-            hidden[row, place] = numbers[place] * scale * gain[place] + offset[place]
+            numbers[place] = numbers[place] * scale * gain[place] + offset[place]
+            hidden[row, place] = narrow(numbers[place], hidden.dtype)
         if len(rounded):
             for place in range(width):
-                rounded[row, place] = narrow(hidden[row, place], rounded.dtype)
+                rounded[row, place] = narrow(numbers[place], rounded.dtype)
 
 # %% ../nbs/02_processor.ipynb #a0c4c076
 SUM_ROWS = 256  # rows that share a row of sums
@@ -492,12 +494,12 @@ def join_back(first, last, width, wide: np.ndarray, rounded: np.ndarray, normed:
 
 # %% ../nbs/02_processor.ipynb #7761a988
 class Join(torch.autograd.Function):
-    "float32 and, if `rounding`, bfloat16 [tokens, dim], else [0, dim]: the norm of what a part of a layer made, with dropout, plus what goes around it; `over`: the former is written over the latter, where no gradient is asked for."
+    "float32 and, if `rounding`, bfloat16 [tokens, dim], else [0, dim]: the norm of what a part of a layer made, with dropout, plus what goes around it."
 
     @staticmethod
-    def forward(ctx, made: torch.Tensor, around: torch.Tensor, gain: torch.Tensor, offset: torch.Tensor, eps: float, share: float, rounding: bool, over: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(ctx, made: torch.Tensor, around: torch.Tensor, gain: torch.Tensor, offset: torch.Tensor, eps: float, share: float, rounding: bool) -> tuple[torch.Tensor, torch.Tensor]:
         n, kept, ctx.masks = len(made), len(made) * any(ctx.needs_input_grad), Masks(share)
-        hidden, rounded = around if over and not kept else torch.empty_like(around), made.new_empty(n * rounding, made.shape[1])
+        hidden, rounded = torch.empty_like(around), made.new_empty(n * rounding, made.shape[1])
         normed, scales = made.new_empty(kept, made.shape[1]), around.new_empty(kept)
         on_rows(join_rows, *made.shape, *map(rows_of, (made, around, gain, offset)), np.float32(eps), *ctx.masks, *map(rows_of, (normed, scales, hidden, rounded)))
         ctx.save_for_backward(normed, scales, gain)
@@ -509,7 +511,13 @@ class Join(torch.autograd.Function):
         (normed, scales, gain), wide, rounded = ctx.saved_tensors, wide.contiguous(), rounded.contiguous()
         made, around, sums = torch.empty_like(normed), torch.empty_like(wide), wide.new_zeros(-(-len(wide) // SUM_ROWS), 2, wide.shape[1])
         on_rows(join_back, *wide.shape, *map(rows_of, (wide, rounded, normed, scales, gain)), *ctx.masks, *map(rows_of, (made, around, sums)), step=SUM_ROWS)
-        return made, around, *sums.sum(0), *[None] * 4
+        return made, around, *sums.sum(0), *[None] * 3
+
+# %% ../nbs/02_processor.ipynb #3f8a91c6
+def join_over(made: torch.Tensor, around: torch.Tensor, gain: torch.Tensor, offset: torch.Tensor, eps: float) -> torch.Tensor:
+    "The same without gradients or dropout, in the place of what went around, and in its type."
+    on_rows(join_rows, *made.shape, *map(rows_of, (made, around, gain, offset)), np.float32(eps), *Masks(0.0), *map(rows_of, (made[:0], gain[:0], around, made[:0])))
+    return around
 
 # %% ../nbs/02_processor.ipynb #6046975a
 def shared_sizes(numbers: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -641,7 +649,7 @@ class PackedBert:
         self.attention_dropout = backbone.encoder.layer[0].attention.self.dropout.p if backbone.training else 0.0
         self.words, self.norm = embeddings.word_embeddings.weight, (embeddings.LayerNorm.weight, embeddings.LayerNorm.bias)
         self.places = embeddings.position_embeddings.weight + embeddings.token_type_embeddings.weight[0]
-        self.dtype, self.rounding = dtype, dtype != torch.float32 and not int8  # int8 is made of float32
+        self.dtype, self.encodes = dtype, not torch.is_grad_enabled() and not backbone.training
         layers = [self.copy_layer(layer) for layer in backbone.encoder.layer]
         self.layers = self.rounded_layers(layers) if int8 else [self.plain_layer(*layer) for layer in layers]
 
@@ -654,7 +662,7 @@ class PackedBert:
 
     def plain_layer(self, projection: tuple, output: tuple, up: tuple, down: tuple, *norms: tuple) -> tuple:
         "Functions for the joint projection, the output of attention, and the layers up and down; and both norms."
-        if not FUSED or self.dtype != torch.bfloat16 or torch.is_grad_enabled():
+        if not FUSED or self.dtype != torch.bfloat16 or not self.encodes:
             return lambda tokens: Linear.apply(tokens, *projection), lambda tokens: Linear.apply(tokens, *output), lambda tokens: FeedForward.apply(tokens, *up, *down), *norms
         # oneDNN has weights in the order in which it reads them, and applies GELU to sums before it writes them
         projection, output, up, down = ((torch.ops.mkldnn._reorder_linear_weight(weight, 1024), bias) for weight, bias in (projection, output, up, down))
@@ -672,18 +680,22 @@ def places_of(self: PackedBert, tokens: np.ndarray) -> np.ndarray:
 
 @patch
 def embed(self: PackedBert, token_lists: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
-    "What goes into the first layer, [tokens, dim]: around it in float32, and into its products."
+    "What goes into the first layer, [tokens, dim]: around it, and into its products."
     tokens, places = (torch.from_numpy(np.concatenate(parts)).long() for parts in (token_lists, [self.places_of(text) for text in token_lists]))
     hidden = F.embedding(tokens, self.words) + F.embedding(places, self.places)
-    hidden = drop(F.layer_norm(hidden, hidden.shape[-1:], *self.norm, self.eps), self.dropout).float()
-    return hidden, hidden.to(self.dtype) if self.rounding else hidden
+    hidden = drop(F.layer_norm(hidden, hidden.shape[-1:], *self.norm, self.eps), self.dropout)
+    hidden = hidden.to(self.dtype if self.encodes else torch.float32)
+    return hidden, hidden.to(self.dtype)
 
 # %% ../nbs/02_processor.ipynb #2d86db71
 @patch
 def join(self: PackedBert, made: torch.Tensor, around: torch.Tensor, norm: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     "The same for what comes next."
-    hidden, rounded = Join.apply(made, around, *norm, self.eps, self.dropout, self.rounding, True)
-    return hidden, rounded if self.rounding else hidden
+    if self.encodes:
+        return (join_over(made, around, *norm, self.eps),) * 2
+    rounding = self.dtype != torch.float32
+    hidden, rounded = Join.apply(made, around, *norm, self.eps, self.dropout, rounding)
+    return hidden, rounded if rounding else hidden
 
 
 @patch
@@ -702,7 +714,7 @@ def feed_forward(self: PackedBert, layer: tuple, hidden: torch.Tensor, rounded: 
 
 @patch
 def token_vectors(self: PackedBert, token_lists: list[np.ndarray], shared: list[tuple]) -> torch.Tensor:
-    "float32 [tokens, dim] of texts that lie one after the other, and share these rectangles."
+    "[tokens, dim] of texts that lie one after the other, and share these rectangles."
     hidden, rounded = self.embed(token_lists)
     for layer in self.layers:
         hidden, rounded = self.feed_forward(layer, *self.attend(layer, hidden, rounded, shared))
@@ -740,7 +752,7 @@ def __call__(
     lengths = np.array([len(text) for text in token_lists])
     n = int(lengths.sum())
     fill = -n % max(8, 2 ** (n.bit_length() - 6))
-    vectors = self.token_vectors(token_lists + [token_lists[0][:1]] * fill, rectangles(lengths))[:n]
+    vectors = self.token_vectors(token_lists + [token_lists[0][:1]] * fill, rectangles(lengths))[:n].float()
     runs = [(len(list(texts)), length) for length, texts in groupby(lengths.tolist())]
     texts = [part.view(*run, -1) for run, part in zip(runs, vectors.split([texts * length for texts, length in runs]), strict=True)]
     return F.normalize(torch.cat([text[:, 0] if pooling == "cls" else text.mean(1) for text in texts]), dim=-1)

@@ -60,11 +60,12 @@ def compared(work: str, unit: str, ours: float, name: str, peer: float) -> dict:
 
 
 def write_result(script: str, result: dict, name: str = "", by_precision: bool = False):
-    "Write speed/results/<name, or that of the script>.json and print it. `by_precision`: processors without bf16 have a file of their own."
+    "Write speed/results/<name, or that of the script>.json and print it. `by_precision`: processors without bf16, and those that multiply blocks of it (AMX), have files of their own."
     from hybrid_ir.sources import write_json
 
     assert result.keys() >= {"comparisons", "machine", "versions", "command"}
-    other = "_without_bf16" if by_precision and not result["machine"]["bf16 in hardware"] else ""
+    blocks, half = "amx_bf16" in result["machine"]["instructions"], result["machine"]["bf16 in hardware"]
+    other = ("_with_amx" if blocks else "" if half else "_without_bf16") * by_precision
     target = Path(script).resolve().parent / "results" / f"{name or Path(script).stem}{other}.json"
     target.parent.mkdir(exist_ok=True)
     write_json(target, result)

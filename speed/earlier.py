@@ -3,7 +3,7 @@
     python speed/earlier.py [--commit f90f514]
 
 Both train `me5-small-q4` with hybrid batches on the sample and evaluate it, as `make run` does, each in a process with an empty cache, one thread, alternating; the fastest round counts.
-The precision is that of the hardware, bf16 or fp32. The earlier code is checked out into a temporary folder. Writes speed/results/earlier.json, or earlier_without_bf16.json.
+The precision is that of the hardware, bf16 or fp32. The earlier code is checked out into a temporary folder. Writes speed/results/earlier.json, or, on a processor with AMX or without bf16, a file with that in its name.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Milliseconds from one question to its vector, as a search needs it, beside sentence-transformers.
 
 The same weights and questions of XQuAD-R in one run, alternating; the median counts. `as if weights had changed` is what each question would cost if the packed network were not kept.
-Needs the data folder (HYBRID_IR_DATA). Writes speed/results/one_question.json, or one_question_without_bf16.json, and prints it.
+Needs the data folder (HYBRID_IR_DATA). Writes speed/results/one_question.json, or, on a processor with AMX or without bf16, a file with that in its name, and prints it.
 
     python speed/one_question.py [--questions 5]
 """

@@ -1,7 +1,7 @@
 """What a lower precision of encoding gives and what it takes: questions and passages of XQuAD-R in each precision, and what is then found.
 
 The same weights and texts in one run, on one thread; time is that of the processor, for encoding alone. Differences of mAP from fp32 have paired bootstrap intervals over the ids of the questions.
-Precisions that the hardware lacks are left out unless they are named. Needs the data folder (HYBRID_IR_DATA). Writes speed/results/precisions.json, or precisions_without_bf16.json, and prints it.
+Precisions that the hardware lacks are left out unless they are named. Needs the data folder (HYBRID_IR_DATA). Writes speed/results/precisions.json, or, on a processor with AMX or without bf16, a file with that in its name, and prints it.
 
     python speed/precisions.py [--languages ar de en] [--precisions fp32 bf16 int8]
 """

@@ -2,7 +2,7 @@
 
 The same weights, texts, prefixes, batches, lengths and dropout, in one run, alternating, so that a busy machine is busy for both. Of each side the fastest round counts. On one thread (OMP_NUM_THREADS=1), time is that of the processor, so that other work counts little.
 Before that, the gradients of both sides for one batch are compared: in fp32, and in bf16, where each side has its own rounding and the fp32 gradient is the truth.
-Needs the data folder (HYBRID_IR_DATA). Writes speed/results/training_and_encoding.json, or training_and_encoding_without_bf16.json, and prints it.
+Needs the data folder (HYBRID_IR_DATA). Writes speed/results/training_and_encoding.json, or, on a processor with AMX or without bf16, a file with that in its name, and prints it.
 
     python speed/training_and_encoding.py [--steps 4] [--texts 40] [--rounds 3] [--encodings 3]
 """
@@ -31,6 +31,28 @@ CLOCK = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
 LANGUAGES = ["ar", "de", "en", "es", "hi", "ru", "th", "tr", "zh"]
 BATCH, LENGTH, TEMPERATURE, RATE = 100, 64, 0.02, 3e-5
 INT8 = ", our products of weights in int8"
+
+
+def fastest(call, rounds: int, clock=time.process_time) -> float:
+    "Seconds of the fastest of five calls a round."
+    times = []
+    for _ in range(5 * rounds):
+        started = clock()
+        call()
+        times.append(clock() - started)
+    return min(times)
+
+
+def matrix_peak(rounds: int, dtype: torch.dtype, size: int = 2048, clock=time.process_time) -> float:
+    "Operations a second of a product of two square matrices."
+    first, second = torch.rand(2, size, size).to(dtype)
+    return 2 * size**3 / fastest(lambda: first @ second, rounds, clock)
+
+
+def operations_of_products(encoder, queries: list[str], passages: list[str]) -> int:
+    "Operations of the products of weights that the texts need on the way there, without padding."
+    weights = sum(parameter.numel() for parameter in encoder.backbone.encoder.parameters() if parameter.ndim == 2)
+    return 2 * weights * sum(len(text) for texts, kind in ((queries, "query"), (passages, "passage")) if texts for text in encoder.tokenize(texts, kind))
 
 
 def peer_model(folder: str, dtype: torch.dtype = torch.float32, length: int = LENGTH) -> SentenceTransformer:
@@ -187,10 +209,15 @@ def main():
             seconds.setdefault(("training", "ours"), []).append(taken)
             for who, half_precision in (("sentence-transformers, as it comes (fp32)", False), ("sentence-transformers, bf16", True))[: 1 + bf16]:
                 seconds.setdefault(("training", who), []).append(peer_training(folder, pairs, batches, bf16=half_precision))
-    units = {f"encoding {title}": (len(passages) + len(queries), "texts per second") for title, (passages, queries) in texts.items()} | {"training": (BATCH * arguments.steps, "pairs per second")}
+    units = {f"encoding {title}": (sum(map(len, parts)), "texts per second") for title, parts in texts.items()} | {"training": (BATCH * arguments.steps, "pairs per second")}
     rates = {(work, who): units[work.removesuffix(INT8)][0] / min(times) for (work, who), times in seconds.items()}
     comparisons = [compared(work + how, units[work][1], rates[work + how, "ours"], who, rate) for (work, who), rate in rates.items() if who != "ours" for how in ("", INT8) if (work + how, "ours") in rates]
+    peaks = {name: matrix_peak(2, dtype, clock=CLOCK) for name, dtype in [("fp32", torch.float32)] + [("bf16", torch.bfloat16)] * bf16}
+    pairs_of_texts = {"training": [[text.partition(": ")[2] for text in part] for part in with_prefixes(pairs, batches).values()], **{f"encoding {title}": parts[::-1] for title, parts in texts.items()}}
+    operations = {work: (3 if work == "training" else 1) * operations_of_products(encoder, *parts) / units[work][0] for work, parts in pairs_of_texts.items()}  # two on the way back for each on the way there
     results = {
+        "operations a second of one large product": {name: float(f"{peak:.4g}") for name, peak in peaks.items()},
+        "share of the last of these, without padding": [{"work": work, "who": who, "share": round(operations[work] * rate / list(peaks.values())[-1], 2)} for (work, who), rate in rates.items() if work in operations and (not bf16 or "fp32" not in who)],
         "comparisons": sorted(comparisons, key=lambda row: row["work"], reverse=True), "pairs in a batch": BATCH, "tokens of a text, at most": LENGTH, "smallest cosine between our vectors and theirs": agreement,
         "difference of gradients from theirs in fp32, relative": gradients, "bf16 in hardware": bf16, "time": "of the processor" if CLOCK is time.process_time else "on the wall",
     }  # fmt: skip

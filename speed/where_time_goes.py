@@ -5,7 +5,7 @@
 The encoder is me5-small-q4, the pairs are those of `training_and_encoding.py`. Floating-point operations are counted by PyTorch; the peak is what one large
 product of matrices reaches in the same run and precision. Every variant does the same work, one after the other in each round, and the fastest round of each counts, the first one
 left out. All on one thread and in seconds of the processor, so that other work on the machine counts little. What to expect of a variant is computed before it runs: from the padding that it adds, or from the share of the time that it can change. torch.compile needs a C++ compiler.
-Needs the data folder (HYBRID_IR_DATA). Writes speed/results/where_time_goes.json, or where_time_goes_without_bf16.json.
+Needs the data folder (HYBRID_IR_DATA). Writes speed/results/where_time_goes.json, or, on a processor with AMX or without bf16, a file with that in its name.
 """
 
 import argparse
@@ -21,29 +21,13 @@ from _entries import compared, entries, write_result
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
-from training_and_encoding import BATCH, LENGTH, complete_pairs, hybrid_options, sample_texts
+from training_and_encoding import BATCH, LENGTH, complete_pairs, fastest, hybrid_options, matrix_peak, operations_of_products, sample_texts
 
 from hybrid_ir import processor, training
 from hybrid_ir.benchmarks import load_benchmark
 from hybrid_ir.encoders import autocast, choose_precision, has_fast_bf16, has_fast_int8, length_chunks, load_encoder
 
 CPU = torch.device("cpu")
-
-
-def fastest(call, rounds: int) -> float:
-    "Seconds of the processor of the fastest of five calls a round."
-    times = []
-    for _ in range(5 * rounds):
-        started = time.process_time()
-        call()
-        times.append(time.process_time() - started)
-    return min(times)
-
-
-def matrix_peak(rounds: int, dtype: torch.dtype, size: int = 2048) -> float:
-    "Operations a second of a product of two square matrices."
-    first, second = torch.rand(2, size, size).to(dtype)
-    return 2 * size**3 / fastest(lambda: first @ second, rounds)
 
 
 class Clock:
@@ -183,7 +167,7 @@ def attention_of_pytorch(projected: torch.Tensor, shared: list[tuple], heads: in
     return torch.cat([*parts, projected.new_zeros(len(projected) - sum(sizes), projected.shape[1] // 3)])
 
 
-def join_of_pytorch(made: torch.Tensor, around: torch.Tensor, gain: torch.Tensor, offset: torch.Tensor, eps: float, share: float, rounding: bool, over: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def join_of_pytorch(made: torch.Tensor, around: torch.Tensor, gain: torch.Tensor, offset: torch.Tensor, eps: float, share: float, rounding: bool) -> tuple[torch.Tensor, torch.Tensor]:
     "What `processor.Join` does, by operations of PyTorch."
     hidden = F.layer_norm(processor.drop(made, share) + around, gain.shape, gain, offset, eps)
     return hidden, hidden.bfloat16() if rounding else hidden[:0]
@@ -348,13 +332,6 @@ def encoding_variants(texts: list[str], rounds: int, peaks: dict[str, float]) ->
     return rows
 
 
-def products_of_encoding(texts: list[str]) -> int:
-    "Operations of the products of weights that the texts need, without padding."
-    encoder = short_encoder()
-    weights = sum(parameter.numel() for parameter in encoder.backbone.encoder.parameters() if parameter.ndim == 2)
-    return 2 * weights * sum(map(len, encoder.tokenize(texts, "passage")))
-
-
 def tried_in_encoding(texts: list[str], rounds: int, peaks: dict[str, float]) -> list[dict]:
     "The variants of encoding, with texts per second and how near the vectors are to those of the first."
     found = measured(encoding_variants(texts, rounds, peaks), rounds)
@@ -378,7 +355,7 @@ def main():
     used = list(peaks)[-1]
     parts, rate = training_parts(pairs, options.steps)
     encoding = tried_in_encoding(texts, options.rounds, peaks)
-    encoding_rate = products_of_encoding(texts) / encoding[0]["seconds"]
+    encoding_rate = operations_of_products(short_encoder(), [], texts) / encoding[0]["seconds"]
     results = {
         "comparisons": [compared(work, "operations per second", found, f"one large product in {used}", peaks[used]) for work, found in (("a training step", rate), ("encoding", encoding_rate))],
         "milliseconds of a step": parts, "batch": BATCH, "precision": used, "operations a second": {"training": round(rate / 1e9, 1), **{f"one large product, {name}": round(peak / 1e9, 1) for name, peak in peaks.items()}},
