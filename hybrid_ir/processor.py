@@ -515,7 +515,7 @@ class Join(torch.autograd.Function):
 
 # %% ../nbs/02_processor.ipynb #3f8a91c6
 def join_over(made: torch.Tensor, around: torch.Tensor, gain: torch.Tensor, offset: torch.Tensor, eps: float) -> torch.Tensor:
-    "The same without gradients or dropout, in the place of what went around, and in its type."
+    "[tokens, dim], what `Join` makes without gradients or dropout, in the place of what went around, and in its type."
     on_rows(join_rows, *made.shape, *map(rows_of, (made, around, gain, offset)), np.float32(eps), *Masks(0.0), *map(rows_of, (made[:0], gain[:0], around, made[:0])))
     return around
 
