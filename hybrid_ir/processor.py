@@ -435,7 +435,7 @@ class FeedForward(torch.autograd.Function):
 # %% ../nbs/02_processor.ipynb #f02c77bb
 @loop
 def join_rows(first, last, width, made: np.ndarray, around: np.ndarray, gain: np.ndarray, offset: np.ndarray, eps, dropped, kept, seed, normed: np.ndarray, scales: np.ndarray, hidden: np.ndarray, rounded: np.ndarray):
-    "Rows [n, width]: what a part made, dropped, plus what goes around it, normed (`normed`, and one over the spread, `scales`), times gain, plus offset: in float32 and in bfloat16. `normed`, `scales` and `rounded` may have no rows."
+    "Rows [n, width]: what a part made, dropped, plus what goes around it, normed (`normed`, and one over the spread, `scales`), times gain, plus offset: `hidden`, and again in bfloat16, `rounded`. `normed`, `scales` and `rounded` may have no rows."
     groups = (width + 3) // 4
     mask, numbers = np.ones(4 * groups, np.float32), np.empty(width, np.float32)
     for row in range(first, last):

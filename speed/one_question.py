@@ -12,9 +12,8 @@ import tempfile
 import time
 
 import numpy as np
-import torch
 from _entries import compared, entries, fast_precisions, write_result
-from training_and_encoding import our_encoder, peer_model, sample_texts
+from training_and_encoding import DTYPES, our_encoder, peer_model, sample_texts
 
 from hybrid_ir.encoders import KEPT, load_encoder
 
@@ -24,11 +23,11 @@ def main():
     parser.add_argument("--questions", type=int, default=20, help="in each language")
     options = parser.parse_args()
     _, questions = sample_texts(options.questions)
-    precisions, dtypes = fast_precisions(), {"fp32": torch.float32, "bf16": torch.bfloat16}
+    precisions = fast_precisions()
     with tempfile.TemporaryDirectory() as folder:
         load_encoder("me5-small-q4", device="cpu").save(folder)
         ours = {precision: our_encoder(folder, precision) for precision in precisions}
-        peers = {precision: peer_model(folder, dtypes[precision]) for precision in precisions if precision in dtypes}
+        peers = {precision: peer_model(folder, DTYPES[precision]) for precision in precisions if precision in DTYPES}
     calls = {f"ours, {name}": lambda text, one=encoder: one.encode([text], progress=False) for name, encoder in ours.items()}
     calls |= {f"sentence-transformers, {name}": lambda text, one=model: one.encode(["query: " + text], show_progress_bar=False) for name, model in peers.items()}
     again = {f"ours, {name}, as if weights had changed": lambda text, one=encoder: (KEPT.pop(one, None), one.encode([text], progress=False)) for name, encoder in ours.items()}

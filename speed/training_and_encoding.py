@@ -15,7 +15,7 @@ from itertools import islice
 
 import numpy as np
 import torch
-from _entries import compared, entries, write_result
+from _entries import compared, entries, fast_precisions, write_result
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss, MultipleNegativesRankingLoss
@@ -30,6 +30,7 @@ from hybrid_ir.training import Trainer, batch_loss, set_dropout, training_option
 CLOCK = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
 LANGUAGES = ["ar", "de", "en", "es", "hi", "ru", "th", "tr", "zh"]
 BATCH, LENGTH, TEMPERATURE, RATE = 100, 64, 0.02, 3e-5
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 INT8 = ", our products of weights in int8"
 
 
@@ -43,16 +44,17 @@ def fastest(call, rounds: int, clock=time.process_time) -> float:
     return min(times)
 
 
-def matrix_peak(rounds: int, dtype: torch.dtype, size: int = 2048, clock=time.process_time) -> float:
-    "Operations a second of a product of two square matrices."
-    first, second = torch.rand(2, size, size).to(dtype)
-    return 2 * size**3 / fastest(lambda: first @ second, rounds, clock)
+def matrix_peaks(rounds: int, clock=time.process_time, size: int = 2048) -> dict[str, float]:
+    "Operations a second of a product of two square matrices, in fp32 and, where the hardware has it, in bf16."
+    first, second = torch.rand(2, size, size)
+    pairs = {name: (first.to(dtype), second.to(dtype)) for name, dtype in DTYPES.items() if name in fast_precisions()}
+    return {name: 2 * size**3 / fastest(lambda: one @ other, rounds, clock) for name, (one, other) in pairs.items()}
 
 
-def operations_of_products(encoder, queries: list[str], passages: list[str]) -> int:
+def operations_of_products(encoder, texts: list[str], kind: str) -> int:
     "Operations of the products of weights that the texts need on the way there, without padding."
     weights = sum(parameter.numel() for parameter in encoder.backbone.encoder.parameters() if parameter.ndim == 2)
-    return 2 * weights * sum(len(text) for texts, kind in ((queries, "query"), (passages, "passage")) if texts for text in encoder.tokenize(texts, kind))
+    return 2 * weights * sum(map(len, encoder.tokenize(texts, kind)))
 
 
 def peer_model(folder: str, dtype: torch.dtype = torch.float32, length: int = LENGTH) -> SentenceTransformer:
@@ -82,10 +84,16 @@ class FixedBatches:
         pass
 
 
-def with_prefixes(pairs, batches: list[np.ndarray]) -> dict[str, list[str]]:
-    "The texts of some batches as sentence-transformers gets them."
+def texts_of(pairs, batches: list[np.ndarray]) -> tuple[list[str], list[str]]:
+    "The questions and the passages of some batches."
     rows = np.concatenate(batches)
-    return {"anchor": ["query: " + pairs.table[int(row)]["query"] for row in rows[:, 0]], "positive": ["passage: " + pairs.table[int(row)]["passage"] for row in rows[:, 1]]}
+    return [pairs.table[int(row)]["query"] for row in rows[:, 0]], [pairs.table[int(row)]["passage"] for row in rows[:, 1]]
+
+
+def with_prefixes(pairs, batches: list[np.ndarray]) -> dict[str, list[str]]:
+    "The same as sentence-transformers gets them."
+    queries, passages = texts_of(pairs, batches)
+    return {"anchor": ["query: " + text for text in queries], "positive": ["passage: " + text for text in passages]}
 
 
 def peer_training(folder: str, pairs, batches: list[np.ndarray], bf16: bool = False, cached: int | None = None, length: int = LENGTH, clock=CLOCK) -> float:
@@ -212,9 +220,9 @@ def main():
     units = {f"encoding {title}": (sum(map(len, parts)), "texts per second") for title, parts in texts.items()} | {"training": (BATCH * arguments.steps, "pairs per second")}
     rates = {(work, who): units[work.removesuffix(INT8)][0] / min(times) for (work, who), times in seconds.items()}
     comparisons = [compared(work + how, units[work][1], rates[work + how, "ours"], who, rate) for (work, who), rate in rates.items() if who != "ours" for how in ("", INT8) if (work + how, "ours") in rates]
-    peaks = {name: matrix_peak(2, dtype, clock=CLOCK) for name, dtype in [("fp32", torch.float32)] + [("bf16", torch.bfloat16)] * bf16}
-    pairs_of_texts = {"training": [[text.partition(": ")[2] for text in part] for part in with_prefixes(pairs, batches).values()], **{f"encoding {title}": parts[::-1] for title, parts in texts.items()}}
-    operations = {work: (3 if work == "training" else 1) * operations_of_products(encoder, *parts) / units[work][0] for work, parts in pairs_of_texts.items()}  # two on the way back for each on the way there
+    peaks, given = matrix_peaks(2, CLOCK), {"training": texts_of(pairs, batches), **{f"encoding {title}": (queries, passages) for title, (passages, queries) in texts.items()}}
+    passes = {work: 3 if work == "training" else 1 for work in given}  # two on the way back for each on the way there
+    operations = {work: passes[work] * sum(operations_of_products(encoder, part, kind) for part, kind in zip(parts, ("query", "passage"), strict=True)) / units[work][0] for work, parts in given.items()}
     results = {
         "operations a second of one large product": {name: float(f"{peak:.4g}") for name, peak in peaks.items()},
         "share of the last of these, without padding": [{"work": work, "who": who, "share": round(operations[work] * rate / list(peaks.values())[-1], 2)} for (work, who), rate in rates.items() if work in operations and (not bf16 or "fp32" not in who)],

@@ -21,11 +21,11 @@ from _entries import compared, entries, write_result
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
-from training_and_encoding import BATCH, LENGTH, complete_pairs, fastest, hybrid_options, matrix_peak, operations_of_products, sample_texts
+from training_and_encoding import BATCH, LENGTH, complete_pairs, fastest, hybrid_options, matrix_peaks, operations_of_products, sample_texts
 
 from hybrid_ir import processor, training
 from hybrid_ir.benchmarks import load_benchmark
-from hybrid_ir.encoders import autocast, choose_precision, has_fast_bf16, has_fast_int8, length_chunks, load_encoder
+from hybrid_ir.encoders import autocast, choose_precision, has_fast_int8, length_chunks, load_encoder
 
 CPU = torch.device("cpu")
 
@@ -350,12 +350,11 @@ def main():
     options = parser.parse_args()
     torch.set_num_threads(1)
     pairs, texts = complete_pairs(), sample_texts(options.texts)[0]
-    precisions = {"fp32": torch.float32} | ({"bf16": torch.bfloat16} if has_fast_bf16(CPU) else {})
-    peaks = {name: matrix_peak(options.rounds, dtype) for name, dtype in precisions.items()}
+    peaks = matrix_peaks(options.rounds)
     used = list(peaks)[-1]
     parts, rate = training_parts(pairs, options.steps)
     encoding = tried_in_encoding(texts, options.rounds, peaks)
-    encoding_rate = operations_of_products(short_encoder(), [], texts) / encoding[0]["seconds"]
+    encoding_rate = operations_of_products(short_encoder(), texts, "passage") / encoding[0]["seconds"]
     results = {
         "comparisons": [compared(work, "operations per second", found, f"one large product in {used}", peaks[used]) for work, found in (("a training step", rate), ("encoding", encoding_rate))],
         "milliseconds of a step": parts, "batch": BATCH, "precision": used, "operations a second": {"training": round(rate / 1e9, 1), **{f"one large product, {name}": round(peak / 1e9, 1) for name, peak in peaks.items()}},

@@ -332,6 +332,9 @@ def test_a_join_without_gradients_takes_the_place_of_what_goes_around(dtype, err
     torch.manual_seed(0)
     made, around, gain, offset = torch.randn(3, 8).to(dtype), torch.randn(3, 8).to(dtype), torch.rand(8), torch.randn(8)
     usual = F.layer_norm(made.float() + around.float(), (8,), gain, offset)
+    before = around.clone()
+    hidden, _ = Join.apply(made, around, gain, offset, 1e-5, 0.0, False)
+    assert torch.allclose(hidden.float(), usual, atol=error) and torch.equal(around, before)  # the way back may need it
     found = join_over(made, around, gain, offset, 1e-5)
     assert found is around and torch.allclose(found.float(), usual, atol=error)
 
